@@ -1,0 +1,101 @@
+"""What a sweep is: a base run, a search space over its dotted keys, an objective and a budget.
+
+The space's keys and both ends of every range are checked against the run model before Ray starts
+(`raysched.config.space`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from raysched.config.run import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class Dimension(Section):
+    """One searched setting; exactly one of the five kinds is given.
+
+    `uniform` and `loguniform` are [low, high]; `randint` is [low, high) with integers, as in Ray
+    Tune; `choice` draws from a list; `grid` tries every value of a list (grid search only).
+    """
+
+    choice: Annotated[tuple[Any, ...], Field(strict=False, min_length=1)] | None = None
+    uniform: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    loguniform: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    randint: Annotated[tuple[int, int], Field(strict=False)] | None = None
+    grid: Annotated[tuple[Any, ...], Field(strict=False, min_length=1)] | None = None
+
+    @property
+    def kind(self) -> str:
+        """The name of the kind that is given."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The list of values, or the two ends of the range."""
+        return tuple(getattr(self, self.kind))
+
+
+class SearchConfig(Section):
+    """How settings are proposed."""
+
+    algorithm: Literal["tpe", "random", "grid"] = Field("tpe", description="Optuna's sampler.")
+    num_samples: PositiveInt = Field(7, description="Trials beside the baseline.")
+    seed: NonNegativeInt = Field(0, description="Seed of the search.")
+    startup_trials: PositiveInt = Field(4, description="Random trials before TPE models.")
+    max_concurrent: PositiveInt | None = Field(
+        None, description="Trials at once; default: as many as the resources carry."
+    )
+    points: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = Field(
+        (), description="Points to try first, as dotted keys."
+    )
+
+
+class EarlyStoppingConfig(Section):
+    """Successive halving whose time axis is compute in forward equivalents."""
+
+    kind: Literal["asha", "none"] = Field("asha", description="asha or none.")
+    grace_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.25, description="Share of the budget that every trial gets."
+    )
+    reduction_factor: Annotated[float, Field(gt=1.0)] = Field(
+        2.0, description="At a rung the best 1/factor go on."
+    )
+
+
+class ObjectiveConfig(Section):
+    """What a trial is judged by (definitions: README, how it counts)."""
+
+    name: Literal["quality_at_budget"] = Field(
+        "quality_at_budget", description="q at the first evaluation with FE >= F."
+    )
+
+
+class SweepConfig(Section):
+    """A sweep over one base run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
+        "sweep", description="Prefix of the sweep's name; a time is added."
+    )
+    base: str | None = Field(
+        None, description="The base run's file, relative to this one; default: all defaults."
+    )
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="Dotted keys that replace the base's values."
+    )
+    budget_forward_equivalents: PositiveFloat | None = Field(
+        None, description="F, the same for all trials; default: the base's budget."
+    )
+    space: Annotated[dict[str, Dimension], Field(min_length=1)] = Field(
+        description="Dotted key -> choice, uniform, loguniform, randint or grid."
+    )
+    search: SearchConfig = Field(default_factory=lambda: SearchConfig())
+    early_stopping: EarlyStoppingConfig = Field(default_factory=lambda: EarlyStoppingConfig())
+    objective: ObjectiveConfig = Field(default_factory=lambda: ObjectiveConfig())
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] = Field(
+        (0,), description="Every trial is trained once per seed; its q is the mean."
+    )
+    output_dir: str | None = Field(
+        None, description="Folder of the sweep; default: runs/<name>-<time>."
+    )
