@@ -1,0 +1,61 @@
+"""What the training loop is given from outside: where to report, where to track."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+RunStatus = Literal["finished", "stopped", "pruned", "failed"]
+
+
+class Report(Protocol):
+    """Called once per evaluation, on every rank, with the metrics of rank 0."""
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        """Hand an evaluation's metrics to whoever runs the loop."""
+
+
+class Tracker(Protocol):
+    """Where a run is recorded; only rank 0 has one that does something."""
+
+    def log_metrics(
+        self, metrics: Mapping[str, float], *, step: int, forward_equivalents: float
+    ) -> None:
+        """Record metrics at an optimizer step and at the compute spent so far."""
+
+    def log_image(self, key: str, image: NDArray[np.uint8], *, step: int) -> None:
+        """Record an image (H, W, 3) under a key that is the same for all runs."""
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Record a file or a folder."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set the run's tags."""
+
+    def close(self, status: RunStatus, timeout_s: float = 30.0) -> None:
+        """Send what is pending, at most for `timeout_s`, and mark the run's end."""
+
+
+class NullTracker:
+    """Records nothing: other ranks, unit tests, `tracking.enabled: false`."""
+
+    def log_metrics(
+        self, metrics: Mapping[str, float], *, step: int, forward_equivalents: float
+    ) -> None:
+        """Do nothing."""
+
+    def log_image(self, key: str, image: NDArray[np.uint8], *, step: int) -> None:
+        """Do nothing."""
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Do nothing."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Do nothing."""
+
+    def close(self, status: RunStatus, timeout_s: float = 30.0) -> None:
+        """Do nothing."""
