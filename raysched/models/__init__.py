@@ -1,1 +1,1 @@
-
+"""Networks, their averaged weights, and how both are saved."""
