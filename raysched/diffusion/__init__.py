@@ -1,1 +1,1 @@
-
+"""The mathematics: schedules, parameterization, solvers, rollouts, losses, compute."""
