@@ -9,7 +9,7 @@ Legend: B samples, K the largest offset, N the rollout grid.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,20 @@ class RolloutPlan:
     def num_rolled(self) -> int:
         """R, the number of samples with k > 0."""
         return int(self.rolled.sum())
+
+    def select(self, rows: Tensor) -> RolloutPlan:
+        """The plan of some of the samples; `num_clamped` stays that of the whole batch."""
+        k = self.num_steps[rows]
+        width = int(k.max()) + 1 if k.numel() else 1
+        return replace(
+            self,
+            target_u=self.target_u[rows],
+            source_u=self.source_u[rows],
+            target_t=self.target_t[rows],
+            source_t=self.source_t[rows],
+            num_steps=k,
+            nodes_u=self.nodes_u[rows, :width],
+        )
 
 
 def probability_at(step: int, config: ScheduledSamplingConfig) -> float:

@@ -1,0 +1,74 @@
+"""Starting Ray, or joining a cluster, without banners and with settings that are safe."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    # ray.train.report is throttled to one per interval; evaluations come more often than 2 s.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "0",
+    "TUNE_RESULT_BUFFER_LENGTH": "0",
+}
+
+
+def quiet_environment() -> dict[str, str]:
+    """The settings of Ray that a driver and its workers share; the user's own win."""
+    return {key: os.environ.get(key, value) for key, value in QUIET_ENVIRONMENT.items()}
+
+
+def ensure_ray(num_cpus: int | None = None) -> Any:
+    """Join the cluster at RAY_ADDRESS, or start one on this machine; return the ray module.
+
+    Args:
+        num_cpus: CPUs of a cluster started here; default: all.
+
+    Returns:
+        The imported `ray`, connected. Already connected: nothing changes.
+    """
+    os.environ.update(quiet_environment())
+    if "RAY_ADDRESS" not in os.environ:
+        # Nobody but this process knows of the cluster, which listens on loopback only.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env={"env_vars": quiet_environment()}, **common)
+    else:
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **common,
+        )
+    for name in ("ray", "ray.train", "ray.tune", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return ray
+
+
+def cluster_cpus() -> float:
+    """CPUs of the cluster that this process is connected to."""
+    import ray
+
+    return float(ray.cluster_resources().get("CPU", 0.0))
+
+
+def stop_ray() -> None:
+    """Leave the cluster; one that was started here ends with it."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()

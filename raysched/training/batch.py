@@ -1,0 +1,85 @@
+"""This rank's share of an optimizer step: samples, noise, labels, times and the rollout plan.
+
+Everything random is drawn for the global batch, by global sample index, so that another number of
+workers or a resumed run draws the same. B samples in the global batch, b on this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raysched.data.batches import batch_indices
+from raysched.diffusion.curriculum import RolloutPlan, draw_plan
+from raysched.diffusion.randomness import normals, uniforms
+from raysched.training.setup import Run
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's samples of one optimizer step.
+
+    Attributes:
+        sample_indices: (b,) global sample indices.
+        x0: (b, C, H, W) images in [-1, 1].
+        eps: (b, C, H, W) unit Gaussian noise.
+        labels: (b,) class ids, dropped ones already replaced by the null class.
+        plan: targets, sources and offsets of these samples; on the host.
+    """
+
+    sample_indices: Tensor
+    x0: Tensor
+    eps: Tensor
+    labels: Tensor
+    plan: RolloutPlan
+
+
+def draw_batch(run: Run, step: int) -> Batch:
+    """Draw the global batch's plan, deal it to the ranks, and load this rank's samples."""
+    config, seed, size = run.config, run.config.seed, run.config.training.batch_size
+    global_indices = torch.arange(step * size, (step + 1) * size)
+    target_u = run.schedule.training_u(uniforms(seed, "time", step, global_indices)[:, 0])
+    plan = draw_plan(config, run.schedule, target_u, seed, step, global_indices)
+    mine = deal(plan.num_steps, run.world_size)[run.rank]
+    indices = global_indices[mine]
+    rows = batch_indices(seed, step, size, torch.as_tensor(run.dataset.train_indices))[mine]
+    dropped = uniforms(seed, "label_dropout", step, indices)[:, 0] < config.model.label_dropout
+    labels = torch.as_tensor(run.dataset.labels)[rows]
+    labels = torch.where(dropped, run.dataset.num_classes, labels)
+    x0 = run.dataset.images_at(rows)
+    eps = normals(seed, "noise", step, indices, tuple(x0.shape[1:]))
+    return Batch(
+        sample_indices=indices,
+        x0=x0.to(run.device),
+        eps=eps.to(run.device),
+        labels=labels.to(run.device),
+        plan=plan.select(mine),
+    )
+
+
+def deal(num_steps: Tensor, world_size: int) -> list[Tensor]:
+    """Deal a global batch to the ranks so that rollout work differs by at most one lane.
+
+    Round by round, longest lanes first, the rank with the least work gets the longest lane of
+    the round (Graham's list scheduling with equal counts), so sums differ by at most max k.
+
+    Args:
+        num_steps: (B,) rollout steps per sample; B is a multiple of `world_size`.
+        world_size: number of ranks.
+
+    Returns:
+        For each rank its (B / world_size,) rows, in ascending order.
+    """
+    if world_size == 1:
+        return [torch.arange(len(num_steps))]
+    order = torch.argsort(num_steps, descending=True, stable=True).tolist()
+    work = [0] * world_size
+    hands: list[list[int]] = [[] for _ in range(world_size)]
+    for start in range(0, len(order), world_size):
+        ranks = sorted(range(world_size), key=lambda rank: (work[rank], rank))
+        for rank, row in zip(ranks, order[start : start + world_size], strict=True):
+            hands[rank].append(row)
+            work[rank] += int(num_steps[row])
+    return [torch.tensor(sorted(hand), dtype=torch.long) for hand in hands]

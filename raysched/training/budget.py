@@ -1,0 +1,60 @@
+"""How much of the budget is spent, and what depends on it: learning rate, evaluations, the end."""
+
+from __future__ import annotations
+
+import math
+
+from raysched.config.run import BudgetConfig, OptimizerConfig, RunConfig
+from raysched.diffusion.compute import ComputeMeter
+
+# Evaluations over a run whose interval is not given.
+DEFAULT_EVALUATIONS = 4
+
+
+def fraction_spent(budget: BudgetConfig, step: int, meter: ComputeMeter) -> float:
+    """Share of the budget spent, in its own unit; 1 or more when it is used up.
+
+    Args:
+        budget: steps, forward equivalents or seconds of training.
+        step: optimizer steps done.
+        meter: compute spent so far.
+    """
+    if budget.steps is not None:
+        return step / budget.steps
+    if budget.forward_equivalents is not None:
+        return meter.forward_equivalents / budget.forward_equivalents
+    assert budget.seconds is not None, "the config model guarantees one unit"
+    return meter.training_seconds / budget.seconds
+
+
+def learning_rate_at(config: OptimizerConfig, fraction: float) -> float:
+    """Learning rate after a fraction of the budget: linear warm-up, then the schedule's decay."""
+    fraction = min(max(fraction, 0.0), 1.0)
+    if fraction < config.warmup_fraction:
+        return config.learning_rate * fraction / config.warmup_fraction
+    rest = (fraction - config.warmup_fraction) / (1.0 - config.warmup_fraction)
+    if config.schedule == "linear":
+        return config.learning_rate * (1.0 - rest)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * rest))
+    return config.learning_rate
+
+
+def evaluation_due(
+    config: RunConfig, before: tuple[float, float], after: tuple[float, float]
+) -> bool:
+    """Whether an evaluation falls due between two moments of training.
+
+    Args:
+        config: the run; `evaluation.every_forward_equivalents` or a quarter of the budget.
+        before: (fraction of the budget, forward equivalents) before a step.
+        after: the same after it.
+    """
+    if not config.evaluation.enabled:
+        return False
+    if after[0] >= 1.0:
+        return True
+    every = config.evaluation.every_forward_equivalents
+    if every is None:
+        return int(after[0] * DEFAULT_EVALUATIONS) > int(before[0] * DEFAULT_EVALUATIONS)
+    return int(after[1] / every) > int(before[1] / every)

@@ -1,0 +1,254 @@
+"""The training loop: steps, evaluations, checkpoints, and every way to end.
+
+It knows neither Ray nor MLflow: `report` and `tracker` come in as arguments. Started in a folder
+that holds checkpoints, it goes on from the newest complete one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from raysched.config.run import RunConfig
+from raysched.errors import RunFailedError
+from raysched.models.weights import weights_sha256
+from raysched.training.budget import evaluation_due, learning_rate_at
+from raysched.training.checkpoint import (
+    Checkpoint,
+    load_latest,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from raysched.training.evaluate_step import evaluate_run, save_final
+from raysched.training.files import write_json
+from raysched.training.protocols import Report, Tracker
+from raysched.training.result import RESULT_FILE, RunResult
+from raysched.training.run_folder import MetricsLog
+from raysched.training.setup import Run, build_run
+from raysched.training.spend import compute_summary
+from raysched.training.stop import StopRequest, StopWatch
+from raysched.training.train_step import StepResult, train_step
+
+log = logging.getLogger(__name__)
+
+# What the ranks tell each other after a step: nothing, stop as resumable, stop as pruned.
+SIGNALS: tuple[Literal["stopped", "pruned"] | None, ...] = (None, "stopped", "pruned")
+
+
+@dataclass
+class Progress:
+    """What the loop remembers beside the weights; part of every checkpoint.
+
+    Attributes:
+        metrics: of the last evaluation, and the last training metrics.
+        window: sums of the step metrics since the last logged point.
+        window_steps: steps in the window.
+        seconds: wall time of the run so far, evaluations included, pauses not.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    window: dict[str, float] = field(default_factory=dict)
+    window_steps: int = 0
+    seconds: float = 0.0
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Take up the metrics of one step."""
+        for key, value in metrics.items():
+            self.window[key] = self.window.get(key, 0.0) + value
+        self.window_steps += 1
+
+    def flush(self) -> dict[str, float]:
+        """Means over the window, which starts anew."""
+        means = {key: value / self.window_steps for key, value in self.window.items()}
+        self.window, self.window_steps = {}, 0
+        self.metrics.update(means)
+        return means
+
+
+def train_loop(
+    config: RunConfig, *, run_dir: Path, report: Report, tracker: Tracker
+) -> RunResult:
+    """Train until the budget is spent, a stop is asked for, or the loss is no number.
+
+    Args:
+        config: the resolved run.
+        run_dir: the run's folder; its `.stop` file ends the loop.
+        report: called on every rank after each evaluation.
+        tracker: of rank 0; the others get one that does nothing.
+
+    Returns:
+        The same result on every rank.
+
+    Raises:
+        StorageError: a checkpoint can't be written; earlier ones are kept.
+    """
+    loop = Loop(build_run(config), run_dir, report, tracker)
+    loop.restore()
+    try:
+        status, error = loop.until_end()
+    except RunFailedError as failure:
+        status, error = "failed", str(failure)
+    return loop.finish(status, error)
+
+
+class Loop:
+    """One rank's run of the loop."""
+
+    def __init__(self, run: Run, run_dir: Path, report: Report, tracker: Tracker) -> None:
+        self.run, self.run_dir, self.report, self.tracker = run, run_dir, report, tracker
+        self.progress = Progress()
+        self.stop = StopWatch(run_dir)
+        self.saved_step = -1
+        self._started = time.monotonic()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and tracks."""
+        return self.run.rank == 0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, earlier parts included."""
+        return self.progress.seconds + time.monotonic() - self._started
+
+    def restore(self) -> None:
+        """Go on from the newest complete checkpoint, if there is one."""
+        checkpoint = load_latest(self.run_dir, log.warning)
+        if checkpoint is not None:
+            run, state = self.run, checkpoint.state
+            run.policy.load_state_dict(checkpoint.tensors["model"])
+            run.ema.load_state_dict(checkpoint.tensors["ema"])
+            restore_optimizer(
+                run.optimizer, run.parameter_names, checkpoint.tensors["optimizer"]
+            )
+            run.meter.load_state_dict(state["meter"])
+            scaler = getattr(run.accelerator, "scaler", None)
+            if scaler is not None and state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+            run.step = self.saved_step = checkpoint.step
+            self.progress = Progress(**state["progress"])
+        if self.is_main:
+            self.points = MetricsLog(self.run_dir, last_step=self.run.step)
+
+    def until_end(self) -> tuple[Literal["finished", "stopped", "pruned"], str | None]:
+        """Step until the budget is spent or a stop is asked for."""
+        run, training = self.run, self.run.config.training
+        while run.fraction < 1.0:
+            request = self._agree_on_stop()
+            if request is not None:
+                self.save()
+                return request, None
+            before = (run.fraction, run.meter.forward_equivalents)
+            for group in run.optimizer.param_groups:
+                group["lr"] = learning_rate_at(run.config.optimizer, before[0])
+            self._take(train_step(run, run.step))
+            after = (run.fraction, run.meter.forward_equivalents)
+            if run.step % training.log_every_steps == 0 or after[0] >= 1.0:
+                self._log(self.progress.flush())
+            if evaluation_due(run.config, before, after):
+                self._evaluate(final=after[0] >= 1.0)
+            if run.step % training.checkpoint_every_steps == 0 and after[0] < 1.0:
+                self.save()
+        self.save()
+        return "finished", None
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one already."""
+        run = self.run
+        if not self.is_main or self.saved_step == run.step:
+            return
+        scaler = getattr(run.accelerator, "scaler", None)
+        progress = {**vars(self.progress), "seconds": self.seconds}
+        checkpoint = Checkpoint(
+            step=run.step,
+            tensors={
+                "model": dict(run.policy.state_dict()),
+                "ema": run.ema.state_dict(),
+                "optimizer": optimizer_tensors(run.optimizer.optimizer, run.parameter_names),
+            },
+            state={
+                "meter": run.meter.state_dict(),
+                "progress": progress,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "config": run.config.model_dump(mode="json"),
+            },
+        )
+        save_checkpoint(self.run_dir, checkpoint, keep_last=run.config.training.keep_last)
+        self.saved_step = run.step
+
+    def finish(
+        self, status: Literal["finished", "stopped", "pruned", "failed"], error: str | None
+    ) -> RunResult:
+        """Write what a finished run leaves behind, close the tracker, and sum up."""
+        if status == "finished" and self.is_main:
+            save_final(self.run, self.run_dir, self.tracker)
+        result = RunResult(
+            status=status,
+            output_dir=str(self.run_dir),
+            metrics=dict(self.progress.metrics),
+            compute=compute_summary(self.run, self.run_dir, self.seconds),
+            weights_sha256=weights_sha256(self.run.policy.state_dict()),
+            error=error,
+        )
+        if self.is_main:
+            write_json(self.run_dir / RESULT_FILE, result.as_json())
+            self.tracker.close(status)
+        return result
+
+    def _take(self, result: StepResult) -> None:
+        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+            folder = f"step-{self.saved_step:08d}" if self.saved_step >= 0 else "none yet"
+            raise RunFailedError(
+                f"{self.run_dir}: step {self.run.step + 1}: {result.describe_failure()}; the last "
+                f"good checkpoint is kept ({folder}). Lower optimizer.learning_rate, set "
+                "optimizer.max_grad_norm, or use training.precision: bf16 or fp32"
+            )
+        self.run.step += 1
+        self.progress.add(result.metrics())
+
+    def _agree_on_stop(self) -> Literal["stopped", "pruned"] | None:
+        request: StopRequest | None = self.stop.requested() if self.is_main else None
+        if self.run.world_size == 1:
+            return request.status if request else None
+        # All ranks must leave the loop after the same step, or the next gradient sync hangs.
+        code = torch.tensor([SIGNALS.index(request.status) if request else 0])
+        code = code.to(self.run.device)
+        torch.distributed.broadcast(code, src=0)
+        return SIGNALS[int(code.item())]
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        run = self.run
+        metrics = {**metrics, **{f"compute/{k}": v for k, v in run.meter.breakdown().items()}}
+        metrics["train/learning_rate"] = run.optimizer.param_groups[0]["lr"]
+        self._record(metrics)
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        if not self.is_main:
+            return
+        spent = self.run.meter.forward_equivalents
+        self.points.append(
+            metrics, step=self.run.step, forward_equivalents=spent, seconds=self.seconds
+        )
+        self.tracker.log_metrics(metrics, step=self.run.step, forward_equivalents=spent)
+
+    def _evaluate(self, *, final: bool) -> None:
+        run = self.run
+        metrics: dict[str, float] = {}
+        if self.is_main:
+            metrics = evaluate_run(run, self.run_dir, self.tracker, final=final)
+            self.progress.metrics.update(metrics)
+            self._record(metrics)
+        everything: dict[str, Any] = {
+            **metrics,
+            "step": run.step,
+            "compute/forward_equivalents": run.meter.forward_equivalents,
+            "compute/fraction": run.fraction,
+        }
+        self.report(everything)

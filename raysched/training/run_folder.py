@@ -1,0 +1,147 @@
+"""The folder of a run: who may use it, what it holds, and its log of metrics."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raysched.config.loading import dump, load, write_yaml
+from raysched.config.run import RunConfig
+from raysched.errors import ConfigError, StorageError
+from raysched.training.checkpoint import checkpoint_folders
+from raysched.training.files import check_writable, storage_errors
+from raysched.training.result import RESULT_FILE
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+# A resumed run may differ in these: they don't change what has been computed so far.
+FREE_ON_RESUME = (
+    "name",
+    "training.output_dir",
+    "training.budget.",
+    "training.checkpoint_every_steps",
+    "training.keep_last",
+    "training.log_every_steps",
+    "training.device",
+    "evaluation.",
+    "tracking.",
+    "scaling.",
+    "data.cache_dir",
+)
+
+
+def default_run_dir(name: str, root: Path | None = None) -> Path:
+    """`runs/<name>-<time>`, made unique by a suffix."""
+    base = (root or Path.cwd()) / "runs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidate, number = base, 1
+    while candidate.exists():
+        number += 1
+        candidate = base.with_name(f"{base.name}-{number}")
+    return candidate
+
+
+def latest_run_dir(name: str, root: Path | None = None) -> Path | None:
+    """The newest `runs/<name>-<time>` that holds a run, for `--resume` without a folder."""
+    runs = (root or Path.cwd()) / "runs"
+    found = [path for path in runs.glob(f"{name}-[0-9]*") if holds_run(path)]
+    return max(found, key=lambda path: (path / CONFIG_FILE).stat().st_mtime, default=None)
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a folder already belongs to a run."""
+    return (run_dir / CONFIG_FILE).exists() or bool(checkpoint_folders(run_dir))
+
+
+def open_run_folder(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
+    """Make the folder and its config file, or check that the run in it may be resumed.
+
+    Raises:
+        StorageError: the folder can't be written, or holds a run and `resume` is off.
+        ConfigError: the run in it was made with another config; every differing key is named.
+    """
+    if holds_run(run_dir):
+        if not resume:
+            raise StorageError(
+                f"training.output_dir: {run_dir} already holds a run: go on with it by --resume, "
+                "or name another folder"
+            )
+        _check_same_run(config, run_dir)
+    check_writable(run_dir)
+    # Its result is about to be outdated; a reader must not take it for this run's.
+    (run_dir / RESULT_FILE).unlink(missing_ok=True)
+    with storage_errors(run_dir, "writing the config"):
+        write_yaml(config, run_dir / CONFIG_FILE)
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The config that a run was started with."""
+    return load(run_dir / CONFIG_FILE).config
+
+
+def _check_same_run(config: RunConfig, run_dir: Path) -> None:
+    if not (run_dir / CONFIG_FILE).exists():
+        return
+    old, new = (flatten(dump(c)) for c in (read_config(run_dir), config))
+    differing = [
+        f"{run_dir}: {key}: the run there was made with {old.get(key)!r}, now {new.get(key)!r}: "
+        "a resumed run keeps its settings (use another training.output_dir for a new run)"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME)
+    ]
+    if differing:
+        raise ConfigError(differing)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dict of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one line per logged point, also without any tracking server."""
+
+    def __init__(self, run_dir: Path, *, last_step: int) -> None:
+        """Open the log; points after `last_step` are of work that was lost, and are dropped."""
+        self._path = run_dir / METRICS_FILE
+        kept = [point for point in read_metrics(run_dir) if point["step"] <= last_step]
+        with storage_errors(self._path, "writing metrics"):
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(p) + "\n" for p in kept), encoding="utf-8")
+            temporary.replace(self._path)
+
+    def append(
+        self, metrics: Mapping[str, float], *, step: int, forward_equivalents: float, seconds: float
+    ) -> None:
+        """Add a point; one write, so that a kill leaves at most one torn line."""
+        point = {
+            "step": step,
+            "forward_equivalents": forward_equivalents,
+            "seconds": seconds,
+            "metrics": dict(metrics),
+        }
+        with storage_errors(self._path, "writing metrics"), self._path.open("a") as stream:
+            stream.write(json.dumps(point) + "\n")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All complete points of a run's log, in order."""
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        return []
+    points = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            points.append(json.loads(line))
+        except json.JSONDecodeError:
+            # A kill tore this line; it can only be the last one before a resume.
+            continue
+    return points

@@ -1,0 +1,144 @@
+"""From a config to everything that a training step needs, on one rank."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysched.config.run import RunConfig
+from raysched.data.dataset import ImageDataset, load_dataset
+from raysched.diffusion.compute import ComputeMeter
+from raysched.diffusion.schedules import NoiseSchedule
+from raysched.models.ema import EMA
+from raysched.models.networks import build_network
+from raysched.training.budget import fraction_spent
+
+
+@dataclass
+class Run:
+    """One rank's training: what is fixed, and what a step changes.
+
+    Attributes:
+        config: the resolved run.
+        dataset: images, labels and the split.
+        schedule: alpha and sigma along the path.
+        network: the module that gets gradients; DDP's wrapper with several ranks.
+        policy: the same weights without the wrapper: no gradient sync, no buffer broadcast.
+        ema: averaged weights.
+        optimizer: AdamW, as accelerate wraps it.
+        accelerator: precision, gradient sync, clipping.
+        meter: compute spent by all ranks together.
+        step: optimizer steps done.
+    """
+
+    config: RunConfig
+    dataset: ImageDataset
+    schedule: NoiseSchedule
+    network: nn.Module
+    policy: nn.Module
+    ema: EMA
+    optimizer: Any
+    accelerator: Any
+    meter: ComputeMeter
+    step: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def rank(self) -> int:
+        """This process among the workers, 0 first."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        """Number of workers."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the trained parameters, in the optimizer's order."""
+        return [name for name, p in self.policy.named_parameters() if p.requires_grad]
+
+    @property
+    def fraction(self) -> float:
+        """Share of the budget spent."""
+        return fraction_spent(self.config.training.budget, self.step, self.meter)
+
+    def predict(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        """The current weights' prediction without gradient machinery, in fp32.
+
+        Args:
+            sample: (n, C, H, W), any floating dtype.
+            timestep: (n,), what the network gets (index, or 1000 t).
+            class_labels: (n,), null class included.
+        """
+        # float64 states exist in tests only; the network runs in its own precision.
+        dtype = next(self.policy.parameters()).dtype
+        with self.accelerator.autocast():
+            out: Tensor = self.policy(
+                sample=sample.to(dtype), timestep=timestep.to(dtype), class_labels=class_labels
+            )
+        return out.to(sample.dtype)
+
+
+def build_run(config: RunConfig) -> Run:
+    """Data, network, EMA, optimizer and accelerate's wrapping, all from the config's seed."""
+    dataset = load_dataset(config.data)
+    network = build_network(
+        config.model, dataset.channels, dataset.image_size, dataset.num_classes, seed=config.seed
+    )
+    accelerator = make_accelerator(config)
+    network.to(accelerator.device)
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [p for p in network.parameters() if p.requires_grad],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    ema = EMA(network, config.model.ema_half_life_samples)
+    wrapped, prepared = accelerator.prepare(network, optimizer)
+    run = Run(
+        config=config,
+        dataset=dataset,
+        schedule=NoiseSchedule.from_config(config.noise_schedule),
+        network=wrapped,
+        policy=accelerator.unwrap_model(wrapped),
+        ema=ema,
+        optimizer=prepared,
+        accelerator=accelerator,
+        meter=ComputeMeter(),
+    )
+    _check_wrapping(run)
+    return run
+
+
+def make_accelerator(config: RunConfig) -> Any:
+    """An Accelerator for this process, also where an earlier run left another one behind."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    # A reused process keeps the first run's precision otherwise, and refuses another one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    on_cpu = config.training.device == "cpu" or not torch.cuda.is_available()
+    precision = "no" if config.training.precision == "fp32" else config.training.precision
+    return Accelerator(cpu=on_cpu, mixed_precision=precision)
+
+
+def _check_wrapping(run: Run) -> None:
+    # accelerate falls back to one process in silence; training would go on without any sync.
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    assert run.world_size == expected, f"accelerate sees {run.world_size} of {expected} processes"
+    if expected > 1:
+        kind = type(run.network).__name__
+        assert kind == "DistributedDataParallel", f"{expected} ranks, but the network is a {kind}"
