@@ -1,1 +1,1 @@
-
+"""Sampling, quality metrics with their intervals, and sample grids."""
