@@ -1,0 +1,212 @@
+"""Sending a spool: in order, in batches, exactly once as far as the store can show it.
+
+After each batch the acknowledged offset is written. A batch whose answer got lost is sent again:
+MLflow's stores keep one copy of a point with the same key, step, time and value; an artifact
+replaces itself; a picture is looked for before it is sent a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from raysched.tracking.client import connect, describe, is_refused
+from raysched.tracking.runs import make_run, set_status
+from raysched.tracking.spool import Entry, Operation, RunRecord, Spool
+from raysched.tracking.store import artifact_root, ensure_experiment
+
+MAX_METRICS_PER_CALL = 1000
+# Shown against compute as well, under `by_fe/...` with round(FE) as step.
+EVALUATION_PREFIXES = ("quality/", "exposure/")
+_FILE_ATTEMPTS = 3
+
+
+class Sender:
+    """Sends one run's spool; used by the tracker's thread and by `raysched sync`.
+
+    Args:
+        run_dir: the run's folder.
+        uri: absolute tracking URI with credentials, if any.
+    """
+
+    def __init__(self, run_dir: Path, uri: str) -> None:
+        self.spool = Spool(run_dir)
+        self.num_rejected = 0
+        self._uri = uri
+        self._client: Any = None
+        self._run_id = ""
+        self._unsure = True
+        self._file_failures = 0
+
+    def send(self, should_stop: Callable[[], bool] = lambda: False) -> int:
+        """Send what is pending.
+
+        Args:
+            should_stop: asked between batches.
+
+        Returns:
+            Spool lines sent or put aside.
+
+        Raises:
+            Exception: the store failed; nothing is lost, call it again later.
+            filelock.Timeout: another process is sending this spool.
+        """
+        with FileLock(self.spool.lock_path, timeout=0):
+            try:
+                return self._send_pending(should_stop)
+            except Exception:
+                self._unsure = True
+                raise
+
+    def _send_pending(self, should_stop: Callable[[], bool]) -> int:
+        offset = self.spool.acknowledged()
+        if next(self.spool.entries(offset), None) is None and self._run_id:
+            return 0
+        self._connect()
+        num_sent = 0
+        batch: list[Entry] = []
+        for entry in self.spool.entries(offset):
+            if batch and not _fits(batch, entry):
+                num_sent += self._send_batch(batch)
+                batch = []
+                if should_stop():
+                    return num_sent
+            batch.append(entry)
+        return num_sent + (self._send_batch(batch) if batch else 0)
+
+    def _connect(self) -> None:
+        if self._client is None:
+            self._client = connect(self._uri)
+        if self._run_id:
+            return
+        record = self.spool.load_record()
+        assert record is not None, "a spool without a record is never opened"
+        if record.run_id is None:
+            self._make(record)
+        self._run_id = record.run_id or ""
+
+    def _make(self, record: RunRecord) -> None:
+        artifacts = artifact_root(self._uri, self.spool.run_dir.parent)
+        experiment_id = ensure_experiment(self._client, record.experiment, artifacts)
+        make_run(self._client, record, experiment_id, look_first=True)
+        self.spool.save_record(record)
+
+    def _send_batch(self, batch: list[Entry]) -> int:
+        operation = batch[0].operation
+        if operation["op"] == "metrics":
+            points = [point for entry in batch for point in expand_metrics(entry.operation)]
+            for start in range(0, len(points), MAX_METRICS_PER_CALL):
+                self._send_points(points[start : start + MAX_METRICS_PER_CALL])
+        else:
+            self._send_single(operation)
+        self.spool.acknowledge(batch[-1].end)
+        self._unsure = False
+        if operation["op"] == "image":
+            self.spool.resolve(operation["path"]).unlink(missing_ok=True)
+        return len(batch)
+
+    def _send_points(self, points: list[Operation]) -> None:
+        """Send metrics; halve a refused batch until only the bad point is left out."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(p["key"], float(p["value"]), p["time"], p["step"]) for p in points]
+        try:
+            self._client.log_batch(self._run_id, metrics=metrics)
+        except Exception as error:
+            if not is_refused(error):
+                raise
+            if len(points) == 1:
+                self._reject({"op": "point", **points[0]}, error)
+                return
+            middle = len(points) // 2
+            self._send_points(points[:middle])
+            self._send_points(points[middle:])
+
+    def _send_single(self, operation: Operation) -> None:
+        try:
+            self._perform(operation)
+            self._file_failures = 0
+        except Exception as error:
+            if not is_refused(error):
+                if operation["op"] not in ("image", "artifact") or not self._store_answers():
+                    raise
+                # Metrics work but files don't (no rights, no artifact proxy): don't block.
+                self._file_failures += 1
+                if self._file_failures < _FILE_ATTEMPTS:
+                    raise
+            self._reject(operation, error)
+            self._file_failures = 0
+
+    def _store_answers(self) -> bool:
+        self._client.get_run(self._run_id)
+        return True
+
+    def _perform(self, operation: Operation) -> None:
+        kind, run_id = operation["op"], self._run_id
+        if kind == "image":
+            self._send_image(operation)
+        elif kind == "artifact":
+            path, folder = self.spool.resolve(operation["path"]), operation["folder"]
+            if path.is_dir():
+                inside = f"{folder}/{path.name}" if folder else path.name
+                self._client.log_artifacts(run_id, str(path), inside)
+            else:
+                path.stat()  # a missing file is the entry's fault, not the store's
+                self._client.log_artifact(run_id, str(path), folder or None)
+        elif kind == "tags":
+            from mlflow.entities import RunTag
+
+            tags = [RunTag(key, value) for key, value in operation["values"].items()]
+            self._client.log_batch(run_id, tags=tags)
+        else:
+            assert kind == "status", kind
+            set_status(self._client, run_id, operation["status"], operation["time"])
+
+    def _send_image(self, operation: Operation) -> None:
+        from PIL import Image
+
+        key, step = operation["key"], operation["step"]
+        if self._unsure:
+            begin = f"{key.replace('/', '~')}+step+{step}+"
+            files = (info.path for info in self._client.list_artifacts(self._run_id, "images"))
+            names = [path.rpartition("/")[2] for path in files]
+            if any(name.startswith(begin) and name.endswith("+compressed.webp") for name in names):
+                return
+        with Image.open(self.spool.resolve(operation["path"])) as image:
+            image.load()
+            self._client.log_image(
+                self._run_id,
+                image,
+                key=key,
+                step=step,
+                timestamp=operation["time"],
+                synchronous=True,
+            )
+
+    def _reject(self, operation: Operation, error: Exception) -> None:
+        self.spool.reject(operation, describe(error))
+        self.num_rejected += 1
+
+
+def _fits(batch: list[Entry], entry: Entry) -> bool:
+    """True if the next line may travel with the batch: metrics with metrics, up to the limit."""
+    kinds = {batch[0].operation["op"], entry.operation["op"]}
+    if kinds != {"metrics"}:
+        return False
+    # An evaluation's points count twice: against steps and against compute.
+    size = sum(2 * len(line.operation["values"]) for line in [*batch, entry])
+    return size <= MAX_METRICS_PER_CALL
+
+
+def expand_metrics(operation: Operation) -> list[Operation]:
+    """The points of a spool line, those against compute included."""
+    points = []
+    for key, value in operation["values"].items():
+        point = {"key": key, "value": value, "time": operation["time"], "step": operation["step"]}
+        points.append(point)
+        if key.startswith(EVALUATION_PREFIXES):
+            points.append({**point, "key": f"by_fe/{key}", "step": round(operation["fe"])})
+    return points
