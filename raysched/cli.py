@@ -1,0 +1,289 @@
+"""The commands: each parses, calls one function of the package, and hands back an outcome.
+
+Nothing heavy is imported before a command runs, and the parser only chooses what to run: errors,
+signals and streams are handled once, in `raysched.outcome`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from raysched.arguments import join_values, split_arguments
+from raysched.errors import EXIT_FAILED, EXIT_RESUMABLE
+from raysched.outcome import Outcome, report, stopped_early, usage_failure, warn
+from raysched.signals import STOP
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from raysched.config.run import RunConfig
+
+SolverName = Literal["euler", "unipc", "dpm", "rk4"]
+Work = Callable[[], Outcome]
+# click's base class of everything that is wrong with a command line.
+UsageProblem: type[Exception] = typer.BadParameter.__bases__[0]
+
+OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier start stopped.")]
+app = typer.Typer(
+    name="raysched",
+    help="Train diffusion and flow-matching models with rollouts, search the rollout settings, "
+    "and learn whether they pay.",
+    epilog="Example: raysched train configs/digits_flow.yaml training.budget.steps=300",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command(
+    context_settings=OVERRIDES,
+    epilog="Example: raysched train configs/digits_flow.yaml "
+    "scheduled_sampling.max_step_offset=0 --prediction_type flow_matching",
+)
+def train(
+    tokens: Annotated[list[str] | None, typer.Argument(metavar="CONFIG|KEY=VALUE")] = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> Work:
+    """Train once. Without CONFIG, a file, all settings have their defaults.
+
+    Settings on the command line replace the file's: training.budget.steps=300, or the flat
+    --scheduled_sampling_max_step_offset 10.
+    """
+
+    def work() -> Outcome:
+        STOP.install()
+        config = _load_run(tokens)
+        if STOP.requested:
+            return stopped_early()
+        from raysched.distributed import launch
+
+        result = launch.train(config, resume=resume, console=_console(as_json))
+        problems = () if result.error is None else (result.error,)
+        payload = result.as_json()
+        if problems:
+            payload["problems"] = list(problems)
+        return Outcome(payload, _train_text(payload), result.exit_code, problems)
+
+    return work
+
+
+@app.command(
+    context_settings=OVERRIDES,
+    epilog="Example: raysched tune tune_spaces/digits_rollout.yaml search.num_samples=4",
+)
+def tune(
+    tokens: Annotated[list[str], typer.Argument(metavar="SPACE|KEY=VALUE")],
+    resume: Resume = False,
+    as_json: Json = False,
+) -> Work:
+    """Search the settings that SPACE names, and compare the winner with plain training."""
+
+    def work() -> Outcome:
+        STOP.install()
+        from raysched.config.space import load_sweep
+
+        path, overrides = split_arguments(tokens)
+        if path is None:
+            return usage_failure("a SPACE is needed, such as tune_spaces/digits_rollout.yaml")
+        loaded = load_sweep(path, overrides)
+        warn(list(loaded.warnings))
+        if STOP.requested:
+            return stopped_early()
+        from raysched.tuning.sweep import run_sweep
+
+        result = run_sweep(loaded, resume=resume, console=_console(as_json))
+        return Outcome(result.as_json(), exit_code=result.exit_code)
+
+    return work
+
+
+@app.command(epilog="Example: raysched sample runs/digits_flow-20260101-120000 --class-label 3")
+def sample(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or a checkpoint's.")
+    ],
+    num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 40,
+    nfe: Annotated[int, typer.Option(min=1, help="Network evaluations per image.")] = 10,
+    sampler: Annotated[SolverName, typer.Option(help="The solver.")] = "euler",
+    guidance_scale: Annotated[
+        float, typer.Option(min=0.0, help="Classifier-free guidance; 1 is off.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    class_label: Annotated[
+        int | None, typer.Option(min=0, help="One class for all images; default: all in turn.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="The PNG; default: in the run's folder.")] = None,
+    weights: Annotated[
+        Literal["ema", "online"], typer.Option(help="Averaged or last weights.")
+    ] = "ema",
+    as_json: Json = False,
+) -> Work:
+    """Generate images from a trained model and store them as one picture."""
+
+    def work() -> Outcome:
+        from raysched.evaluation.sample_run import sample_run
+
+        result = sample_run(
+            source, num_images, nfe, sampler, guidance_scale, seed, class_label, out, weights
+        )
+        payload = result.as_json()
+        return Outcome(payload, "\n".join(f"{key}: {value}" for key, value in payload.items()))
+
+    return work
+
+
+@app.command(
+    name="show-config",
+    context_settings=OVERRIDES,
+    epilog="Example: raysched show-config configs/digits_flow.yaml "
+    "--scheduled_sampling_reflexflow=false",
+)
+def show_config(
+    tokens: Annotated[list[str] | None, typer.Argument(metavar="FILE|KEY=VALUE")] = None,
+    as_json: Json = False,
+) -> Work:
+    """Print a run's settings as they will be used, defaults and overrides included."""
+
+    def work() -> Outcome:
+        from raysched.config.loading import dump
+
+        config = _load_run(tokens)
+        return Outcome(config.model_dump(mode="json"), dump(config).rstrip("\n"))
+
+    return work
+
+
+@app.command(epilog="Example: raysched schema run > run.schema.json")
+def schema(
+    kind: Annotated[Literal["run", "sweep"], typer.Argument(help="Which files.")] = "run",
+    as_json: Json = False,
+) -> Work:
+    """Print the JSON schema of run or sweep files, for editors."""
+
+    def work() -> Outcome:
+        import json
+
+        from raysched.config import schema as schemas
+
+        makers = {"run": schemas.run_schema, "sweep": schemas.sweep_schema}
+        payload = makers[kind]()
+        return Outcome(payload, json.dumps(payload, indent=2))
+
+    return work
+
+
+@app.command(epilog="Example: raysched doctor --json")
+def doctor(as_json: Json = False) -> Work:
+    """Check this machine: versions, devices, Ray, the MLflow store, disk and memory."""
+
+    def work() -> Outcome:
+        from raysched.doctor import examine
+
+        checks = examine()
+        failed = any(check.status == "problem" for check in checks)
+        payload = {
+            "status": "problem" if failed else "ok",
+            "checks": [check.as_json() for check in checks],
+        }
+        text = "\n".join(check.as_line() for check in checks)
+        return Outcome(payload, text, exit_code=EXIT_FAILED if failed else 0)
+
+    return work
+
+
+@app.command(epilog="Example: raysched sync runs/digits_flow-20260101-120000")
+def sync(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder.")],
+    as_json: Json = False,
+) -> Work:
+    """Send the points of a run that MLflow has not got, because its server was away."""
+
+    def work() -> Outcome:
+        from pathlib import Path
+
+        from raysched.tracking.sync import sync as send
+
+        result = send(Path(run))
+        payload = result.as_json()
+        text = "\n".join(f"{key}: {value}" for key, value in payload.items())
+        return Outcome(payload, text, exit_code=EXIT_RESUMABLE if payload.get("pending") else 0)
+
+    return work
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        argv: its tokens without the program's name; default: those of this process.
+
+    Returns:
+        0 done, 1 failed, 2 usage, 75 stopped but resumable, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments and "--help" not in arguments
+    exit_code = report(lambda: _parsed(arguments)(), as_json=as_json)
+    if as_json and argv is None:
+        # What libraries say while the process ends must not follow the JSON object.
+        os.dup2(2, 1)
+    return exit_code
+
+
+def _parsed(arguments: list[str]) -> Work:
+    """What the command line asks for; the parser's own output (`--help`) is already printed."""
+    command = typer.main.get_command(app)
+    names = list(getattr(command, "commands", {}))
+    first = arguments[0] if arguments else ""
+    if not first.startswith("-") and first not in names:
+        nearest = get_close_matches(first, names, 1)
+        problem = f"no such command: {first}" if first else "a command is needed"
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(names)}"
+        return lambda: usage_failure(f"{problem}; {hint}")
+    try:
+        chosen = command.main(join_values(arguments), prog_name="raysched", standalone_mode=False)
+    except UsageProblem as problem:
+        message: str = problem.format_message()  # type: ignore[attr-defined]
+        return lambda: usage_failure(message)
+    if callable(chosen):
+        return lambda: chosen()
+    return lambda: Outcome({}, exit_code=int(chosen or 0))
+
+
+def _load_run(tokens: list[str] | None) -> RunConfig:
+    from raysched.config.loading import load
+
+    loaded = load(*split_arguments(tokens or []))
+    warn(list(loaded.warnings))
+    return loaded.config
+
+
+def _console(as_json: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=as_json, soft_wrap=True)
+
+
+def _train_text(payload: dict[str, Any]) -> str:
+    """The last lines of `train` for a person."""
+    lines = [f"status: {payload['status']}", f"folder: {payload['output_dir']}"]
+    quality = payload["metrics"].get("quality/q")
+    if quality is not None:
+        lines.append(f"quality (lower is better): {quality:.5g}")
+    spent = payload["compute"].get("forward_equivalents")
+    if spent is not None:
+        lines.append(f"forward equivalents: {spent:,.0f}")
+    lines.append(f"weights_sha256: {payload['weights_sha256']}")
+    if payload["status"] == "stopped":
+        lines.append("go on with --resume")
+    return "\n".join(lines)
