@@ -42,10 +42,16 @@ def cached_source(config: DataConfig, lock_timeout_s: float = LOCK_TIMEOUT_S) ->
 
 def cache_path(config: DataConfig) -> Path:
     """The file that holds, or will hold, the decoded images of this source."""
-    folder = Path(config.cache_dir or "~/.cache/raysched").expanduser()
+    folder = cache_folder(config)
     identity = {"format": FORMAT_VERSION, **source_identity(config)}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return folder / f"{config.source}-{key[:32]}.parquet"
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where the cache is: `data.cache_dir`, else $RAYSCHED_CACHE, else ~/.cache/raysched."""
+    named = config.cache_dir or os.environ.get("RAYSCHED_CACHE") or "~/.cache/raysched"
+    return Path(named).expanduser()
 
 
 def _fill(config: DataConfig, path: Path, lock_timeout_s: float) -> DecodedSource:
