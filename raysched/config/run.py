@@ -17,8 +17,10 @@ SolverName = Literal["unipc", "euler", "dpm", "rk4"]
 QualityMetric = Literal["kid", "energy_distance", "sliced_wasserstein", "frechet_distance"]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# Integers stay below 2^53, so that JSON, tensors and databases carry them unchanged.
+LARGEST_INT = 2**53
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST_INT)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 # YAML and JSON have lists only; the elements stay strictly checked.
@@ -28,7 +30,9 @@ IntTuple = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
 class Section(BaseModel):
     """Common behaviour of all sections: frozen, strict, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class DataConfig(Section):
@@ -45,7 +49,10 @@ class DataConfig(Section):
     )
     grayscale: bool = Field(False, description="Convert the images of a folder to one channel.")
     limit: int | None = Field(
-        None, ge=4, description="Use only so many images (before the split); default: all."
+        None,
+        ge=4,
+        le=LARGEST_INT,
+        description="Use only so many images (before the split); default: all.",
     )
     holdout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.2, description="Share of the images kept from training, the reference of quality."
@@ -120,7 +127,7 @@ class ScheduledSamplingConfig(Section):
     order: Literal["auto", 1, 2, 3] = Field(
         "auto", description="Order of dpm and unipc; auto is 2."
     )
-    grid: int | Literal["jump"] | None = Field(
+    grid: PositiveInt | Literal["jump"] | None = Field(
         None,
         description="N: a rollout step is 1/N of the path; default: the training grid T. "
         "jump: one step of random length.",
@@ -210,10 +217,10 @@ class EvaluationConfig(Section):
         None, description="Compute between evaluations; default: a quarter of the budget."
     )
     nfe: IntTuple = Field((5, 10), description="Network evaluations per sample; q is their mean.")
-    num_samples: Annotated[int, Field(ge=8)] = Field(
+    num_samples: Annotated[int, Field(ge=8, le=LARGEST_INT)] = Field(
         400, description="Samples of an evaluation during training."
     )
-    final_num_samples: Annotated[int, Field(ge=8)] = Field(
+    final_num_samples: Annotated[int, Field(ge=8, le=LARGEST_INT)] = Field(
         1000, description="Samples of the evaluation at the end of the budget."
     )
     batch_size: PositiveInt = Field(200, description="Samples per network call.")
@@ -228,7 +235,9 @@ class EvaluationConfig(Section):
     features: Literal["auto", "pixels", "efficientnet_lite0"] = Field(
         "auto", description="Feature space; auto: pixels up to 32x32."
     )
-    num_bootstrap: Annotated[int, Field(ge=20)] = Field(200, description="Bootstrap replicates.")
+    num_bootstrap: Annotated[int, Field(ge=20, le=LARGEST_INT)] = Field(
+        200, description="Bootstrap replicates."
+    )
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
         0.95, description="Level of the intervals."
     )
@@ -302,7 +311,7 @@ def _resolved(raw: dict[str, Any]) -> dict[str, Any]:
     noise, rollout = (dict(s) if isinstance(s, dict) else s for s in (noise, rollout))
     prediction = out.get("prediction_type")
     if isinstance(noise, dict):
-        if prediction is None and noise.get("kind", "flow") != "flow":
+        if "prediction_type" not in out and noise.get("kind", "flow") != "flow":
             prediction = out["prediction_type"] = "epsilon"
         if prediction in ("epsilon", "v_prediction", "sample"):
             noise.setdefault("kind", "linear")

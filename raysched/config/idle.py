@@ -1,0 +1,228 @@
+"""Settings that have no effect, by reason: one warning each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raysched.config.entries import COMMAND_LINE, Entries, Finding
+from raysched.config.fields import show
+from raysched.config.rules import SS, Check, never_rolled, rollouts_off, while_on
+from raysched.config.run import RunConfig
+
+RAMP = tuple(SS + f for f in ("prob_start", "prob_end", "start_step", "ramp_shape"))
+REFLEX = tuple(SS + f"reflexflow_{f}" for f in ("alpha", "beta1", "beta2", "norm"))
+SHAPE = tuple(SS + f for f in ("strategy", "sampler", "order", "grid", "target", "reflexflow"))
+CHANCE = (SS + "probability", SS + "ramp_steps")
+UNET = tuple(
+    "model." + f
+    for f in ("block_out_channels", "layers_per_block", "attention", "norm_num_groups")
+)
+DIT = tuple(
+    "model." + f for f in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
+)
+EVALUATION = tuple(f"evaluation.{f}" for f in type(RunConfig().evaluation).model_fields)[1:]
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Settings that have no effect.
+
+    Args:
+        affected: the settings.
+        causes: the settings that make them so.
+        reason: why, if they have no effect.
+        quiet: say nothing if the command line is the cause and the file holds the settings.
+    """
+
+    affected: tuple[str, ...]
+    causes: tuple[str, ...]
+    reason: Check
+    quiet: bool = False
+
+
+def _if(condition: Callable[[RunConfig], bool], text: str) -> Check:
+    return lambda c: text if condition(c) else None
+
+
+def _reflex_is_off(c: RunConfig) -> str | None:
+    if c.scheduled_sampling.reflexflow is True:
+        return None
+    flow = c.prediction_type == "flow_matching"
+    return "reflexflow is off" + ("" if flow else f" ({c.prediction_type} is no flow_matching)")
+
+
+IDLE: tuple[Idle, ...] = (
+    Idle(
+        (*CHANCE, *RAMP, *SHAPE, *REFLEX),
+        (SS + "max_step_offset",),
+        lambda c: rollouts_off(c) if c.exposure != "none" else None,
+    ),
+    Idle(
+        (SS + "max_step_offset", *CHANCE, *RAMP, *SHAPE, *REFLEX),
+        ("exposure",),
+        lambda c: rollouts_off(c) if c.exposure == "none" else None,
+    ),
+    Idle((SS + "max_step_offset", *SHAPE, *REFLEX), CHANCE, never_rolled),
+    Idle(
+        RAMP,
+        (SS + "ramp_steps",),
+        while_on(
+            _if(lambda c: not c.scheduled_sampling.ramp_steps, "there is no ramp; set ramp_steps")
+        ),
+    ),
+    Idle(
+        (SS + "probability",),
+        (SS + "ramp_steps",),
+        while_on(
+            _if(
+                lambda c: c.scheduled_sampling.ramp_steps > 0,
+                "with a ramp (ramp_steps > 0) prob_start and prob_end count",
+            )
+        ),
+    ),
+    Idle(
+        (SS + "order",),
+        (SS + "sampler",),
+        while_on(
+            _if(
+                lambda c: c.scheduled_sampling.sampler in ("euler", "rk4"),
+                "only dpm and unipc have orders to choose from",
+            )
+        ),
+    ),
+    Idle(
+        (SS + "strategy",),
+        (SS + "grid",),
+        while_on(
+            _if(
+                lambda c: c.scheduled_sampling.grid == "jump",
+                "grid: jump is always one step of random length",
+            )
+        ),
+    ),
+    Idle(
+        REFLEX,
+        (SS + "reflexflow", "prediction_type"),
+        while_on(lambda c: None if never_rolled(c) else _reflex_is_off(c)),
+    ),
+    Idle(
+        (SS + "reflexflow_norm",),
+        (SS + "reflexflow_alpha",),
+        while_on(
+            lambda c: (
+                None
+                if never_rolled(c) or _reflex_is_off(c) or c.scheduled_sampling.reflexflow_alpha
+                else "reflexflow_alpha is 0"
+            )
+        ),
+    ),
+    Idle(
+        ("noise_schedule.shift",),
+        ("noise_schedule.kind", "prediction_type"),
+        _if(lambda c: c.noise_schedule.kind != "flow", "only the flow schedule is shifted"),
+    ),
+    Idle(
+        ("noise_schedule.beta_start", "noise_schedule.beta_end"),
+        ("noise_schedule.kind", "prediction_type"),
+        _if(
+            lambda c: c.noise_schedule.kind in ("flow", "cosine"),
+            "only the schedules linear and scaled_linear have betas to choose",
+        ),
+    ),
+    Idle(UNET, ("model.kind",), _if(lambda c: c.model.kind == "dit", "model.kind is dit")),
+    Idle(DIT, ("model.kind",), _if(lambda c: c.model.kind == "unet", "model.kind is unet")),
+    Idle(
+        ("model.label_dropout", "evaluation.guidance_scale"),
+        ("model.class_conditional",),
+        _if(lambda c: not c.model.class_conditional, "model.class_conditional is false"),
+    ),
+    Idle(
+        ("data.path",),
+        ("data.source",),
+        _if(lambda c: c.data.source == "digits", "the digits are built in"),
+    ),
+    Idle(
+        ("data.grayscale",),
+        ("data.source",),
+        _if(lambda c: c.data.source != "image_folder", "these images have one channel"),
+    ),
+    Idle(
+        EVALUATION,
+        ("evaluation.enabled",),
+        _if(lambda c: not c.evaluation.enabled, "evaluation.enabled is false"),
+        quiet=True,
+    ),
+    Idle(
+        ("tracking.uri", "tracking.experiment"),
+        ("tracking.enabled",),
+        _if(lambda c: not c.tracking.enabled, "tracking.enabled is false"),
+        quiet=True,
+    ),
+)
+# Values that ask for nothing, so that "without effect" would be no news.
+ASKS_NOTHING = {
+    (SS + "max_step_offset", 0),
+    (SS + "probability", 0),
+    (SS + "ramp_steps", 0),
+    (SS + "reflexflow", False),
+    (SS + "reflexflow", "auto"),
+    (SS + "order", "auto"),
+    (SS + "grid", None),
+    ("data.path", None),
+    ("data.grayscale", False),
+    ("tracking.uri", None),
+    ("evaluation.guidance_scale", 1),
+    ("model.label_dropout", 0),
+}
+
+
+def check_idle(config: RunConfig, entries: Entries, *, only_overrides: bool) -> list[Finding]:
+    """One warning per reason for written settings that have no effect.
+
+    Args:
+        config: the resolved run.
+        entries: what the user wrote.
+        only_overrides: warn of settings of the command line only (the file spells out all).
+    """
+    findings = []
+    for idle in IDLE:
+        affected = [
+            p
+            for p in idle.affected
+            if p in entries
+            and not _asks_nothing(p, entries[p].value)
+            and (entries[p].place == COMMAND_LINE or not only_overrides)
+        ]
+        reason = idle.reason(config) if affected else None
+        if reason:
+            finding = _idle_finding(idle, affected, reason, entries)
+            findings += [finding] if finding else []
+    return findings
+
+
+def _asks_nothing(path: str, value: object) -> bool:
+    scalar = value is None or isinstance(value, bool | int | float | str)
+    return scalar and (path, value) in ASKS_NOTHING
+
+
+def _idle_finding(
+    idle: Idle, affected: list[str], reason: str, entries: Entries
+) -> Finding | None:
+    later = [p for p in affected if entries[p].place == COMMAND_LINE]
+    cause = next((p for p in idle.causes if p in entries), "")
+    overridden = bool(cause) and entries[cause].place == COMMAND_LINE and not later
+    involved = frozenset({*affected, *idle.causes})
+    if overridden and idle.quiet:
+        return None
+    if overridden and len(affected) > 1:
+        text = f"{show(entries[cause].value)} leaves {len(affected)} settings of the file unused"
+        return Finding(COMMAND_LINE, cause, text, involved)
+    named = later or affected
+    section = named[0].rpartition(".")[0]
+    shown = [named[0], *(p.removeprefix(section + ".") for p in named[1:4])]
+    more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+    verb = "has" if len(named) == 1 else "have"
+    return Finding(
+        entries[named[0]].place, ", ".join(shown) + more, f"{verb} no effect: {reason}", involved
+    )
