@@ -1,0 +1,293 @@
+"""Solvers of the probability-flow ODE as tables of coefficients.
+
+A solver is a *program*, the fixed list of linear combinations that take the state rows and the
+raw network output to the new rows, and a *table* with their coefficients for every lane and every
+forward of a whole plan, computed at once in float64. The conversion from what the network
+predicts to x0 or eps is folded into the table, so that nothing but multiply-adds is left for the
+time of the rollout. All lanes have their own history: empty at their source.
+
+  euler   x/alpha over sigma/alpha on DDPM paths, x over t on the flow; with data prediction both
+          are x_n = (sigma_n/sigma) x + (alpha_n - alpha sigma_n/sigma) x0, finite at alpha = 0
+  dpm     DPM-Solver++ multistep, midpoint (Lu et al. 2022, arXiv 2211.01095)
+  unipc   UniPC bh2 with data prediction (Zhao et al. 2023, arXiv 2302.04867)
+  rk4     the classical Runge-Kutta method in Euler's variables, four forwards per step
+
+A step down to sigma = 0 is Euler's for every solver and gives x0 as predicted.
+
+Legend: L lanes, S steps of the longest lane, F forwards of the longest lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raysched.config.run import PredictionType, SolverName
+from raysched.diffusion.multistep import dpm_terms, unipc_terms
+from raysched.diffusion.parameterization import eps_coefficients, x0_coefficients
+from raysched.diffusion.schedules import MODEL_TIME_SCALE, NoiseSchedule
+
+Order = Literal["auto", 1, 2, 3]
+EPSILON_SCALING_ALPHA_FLOOR = 0.05
+
+
+@dataclass(frozen=True)
+class Program:
+    """What happens after each network call, the same for all lanes.
+
+    Attributes:
+        rows: state rows; the first, x, is the network's input, and the initial value of those
+            in `start`.
+        updates: (name, sources) in order: name becomes the linear combination of its sources;
+            `out` is the network's output.
+        carry: new row -> the value that it takes.
+        start: rows that begin as the source latent; the others begin as zeros.
+        forwards_per_step: network calls of one step.
+    """
+
+    rows: tuple[str, ...]
+    updates: tuple[tuple[str, tuple[str, ...]], ...]
+    carry: Mapping[str, str]
+    start: tuple[str, ...] = ("x",)
+    forwards_per_step: int = 1
+
+    @cached_property
+    def terms(self) -> tuple[tuple[str, str], ...]:
+        """(name, source) of every coefficient, in the order in which they are used."""
+        return tuple((name, source) for name, sources in self.updates for source in sources)
+
+    def emitting(self) -> Tensor:
+        """Coefficients (num_terms,) with which x becomes the network's output, unchanged."""
+        ones = {("m", "out"), ("x", "out" if ("x", "out") in self.terms else "m")}
+        return torch.tensor([float(term in ones) for term in self.terms], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class SolverTable:
+    """A program with its coefficients; float64 on the CPU.
+
+    Attributes:
+        program: the linear combinations.
+        coefficients: (num_terms, L, F).
+        timesteps: (L, F), what the network gets.
+        num_forwards: (L,) int64.
+    """
+
+    program: Program
+    coefficients: Tensor
+    timesteps: Tensor
+    num_forwards: Tensor
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The schedule along the lanes, (L, S + 1) each, and conversions at the sources of steps.
+
+    Attributes:
+        alpha: signal scale.
+        sigma: noise scale.
+        to_x0: coefficients (c_x, c_out) of x0.
+        to_eps: coefficients (e_x, e_out) of eps.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    to_x0: tuple[Tensor, Tensor]
+    to_eps: tuple[Tensor, Tensor]
+
+    @classmethod
+    def at(
+        cls, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType, scaling: float | None
+    ) -> Nodes:
+        """Fold the prediction type, and Epsilon Scaling (arXiv 2308.15321) if asked for."""
+        to_x0 = x0_coefficients(prediction_type, alpha, sigma)
+        to_eps = eps_coefficients(prediction_type, alpha, sigma)
+        if scaling is not None:
+            usable = alpha >= EPSILON_SCALING_ALPHA_FLOOR
+            divisor = torch.where(usable, scaling, 1.0)
+            scaled = (to_eps[0] / divisor, to_eps[1] / divisor)
+            safe = alpha.clamp_min(EPSILON_SCALING_ALPHA_FLOOR)
+            x0 = ((1 - sigma * scaled[0]) / safe, -sigma * scaled[1] / safe)
+            to_x0 = (torch.where(usable, x0[0], to_x0[0]), torch.where(usable, x0[1], to_x0[1]))
+            to_eps = scaled
+        return cls(alpha, sigma, to_x0, to_eps)
+
+    def derivative(self, is_flow: bool) -> tuple[Tensor, Tensor]:
+        """Coefficients of eps (d(x/alpha)/d(sigma/alpha)) or of eps - x0 (dx/dt)."""
+        if not is_flow:
+            return self.to_eps
+        return self.to_eps[0] - self.to_x0[0], self.to_eps[1] - self.to_x0[1]
+
+
+_EULER = Program(("x",), (("x", ("x", "out")),), {"x": "x"})
+_DPM = {
+    2: Program(
+        ("x", "m1"),
+        (("m", ("x", "out")), ("x", ("x", "out", "m1"))),
+        {"x": "x", "m1": "m"},
+    ),
+    3: Program(
+        ("x", "m1", "m2"),
+        (("m", ("x", "out")), ("x", ("x", "out", "m1", "m2"))),
+        {"x": "x", "m1": "m", "m2": "m1"},
+    ),
+}
+_UNIPC = {
+    1: Program(
+        ("x", "y", "m1"),
+        (("m", ("x", "out")), ("y", ("y", "m1", "m")), ("x", ("y", "m"))),
+        {"x": "x", "y": "y", "m1": "m"},
+        start=("x", "y"),
+    ),
+    2: Program(
+        ("x", "y", "m1", "m2"),
+        (("m", ("x", "out")), ("y", ("y", "m1", "m2", "m")), ("x", ("y", "m", "m1"))),
+        {"x": "x", "y": "y", "m1": "m", "m2": "m1"},
+        start=("x", "y"),
+    ),
+    3: Program(
+        ("x", "y", "m1", "m2", "m3"),
+        (("m", ("x", "out")), ("y", ("y", "m1", "m2", "m3", "m")), ("x", ("y", "m", "m1", "m2"))),
+        {"x": "x", "y": "y", "m1": "m", "m2": "m1", "m3": "m2"},
+        start=("x", "y"),
+    ),
+}
+_RK4 = Program(
+    ("x", "base", "acc"),
+    (
+        ("acc", ("acc", "x", "out")),
+        ("x", ("base", "acc", "x", "out")),
+        ("base", ("base", "x")),
+    ),
+    {"x": "x", "base": "base", "acc": "acc"},
+    start=("x", "base"),
+    forwards_per_step=4,
+)
+
+
+def solver_program(solver: SolverName, order: Order = "auto") -> Program:
+    """The program of a solver; order matters to dpm and unipc only, auto is 2."""
+    number = 2 if order == "auto" else order
+    if solver == "rk4":
+        return _RK4
+    if solver == "euler" or (solver == "dpm" and number == 1):
+        return _EULER
+    return _DPM[number] if solver == "dpm" else _UNIPC[number]
+
+
+def build_table(
+    schedule: NoiseSchedule,
+    nodes_u: Tensor,
+    num_steps: Tensor,
+    *,
+    solver: SolverName,
+    prediction_type: PredictionType,
+    order: Order = "auto",
+    epsilon_scaling: float | None = None,
+) -> SolverTable:
+    """Coefficients of all lanes and forwards of a plan.
+
+    Args:
+        schedule: the noise schedule.
+        nodes_u: (L, S + 1), coordinates from source to target; what follows a lane's target is
+            ignored.
+        num_steps: (L,) int64, steps per lane.
+        solver: unipc, euler, dpm or rk4.
+        prediction_type: what the network predicts.
+        order: of dpm and unipc.
+        epsilon_scaling: eps as predicted is divided by this and x0 recomputed, except where
+            alpha < 0.05.
+    """
+    program = solver_program(solver, order)
+    alpha, sigma = schedule.alpha_sigma(nodes_u)
+    nodes = Nodes.at(alpha, sigma, prediction_type, epsilon_scaling)
+    timesteps = schedule.model_time(nodes_u[:, :-1])
+    num_forwards = num_steps
+    if program is _RK4:
+        terms, timesteps = _rk4_terms(schedule, nodes_u, nodes, prediction_type, epsilon_scaling)
+        last = sigma.gather(1, num_steps[:, None])[:, 0]
+        final_euler = (last == 0) & (num_steps > 0)
+        num_forwards = 4 * num_steps - 3 * final_euler.long()
+    elif program is _EULER:
+        terms = _euler_terms(nodes)
+    elif solver == "dpm":
+        terms = dpm_terms(alpha, sigma, nodes.to_x0, order=len(program.rows))
+    else:
+        terms = unipc_terms(alpha, sigma, nodes.to_x0, order=len(program.rows) - 2)
+    zeros = torch.zeros_like(timesteps)
+    stacked = torch.stack([terms.get(term, zeros) for term in program.terms])
+    coefficients = torch.nan_to_num(stacked, nan=0.0, posinf=0.0, neginf=0.0)
+    return SolverTable(program, coefficients, timesteps, num_forwards)
+
+
+def _euler_terms(nodes: Nodes) -> dict[tuple[str, str], Tensor]:
+    """First order in x and the raw output, (L, S) each."""
+    alpha, sigma = nodes.alpha, nodes.sigma
+    ratio = sigma[:, 1:] / sigma[:, :-1]
+    gain = alpha[:, 1:] - alpha[:, :-1] * ratio
+    c_x, c_out = (c[:, :-1] for c in nodes.to_x0)
+    return {("x", "x"): ratio + gain * c_x, ("x", "out"): gain * c_out}
+
+
+def _rk4_terms(
+    schedule: NoiseSchedule,
+    nodes_u: Tensor,
+    nodes: Nodes,
+    prediction_type: PredictionType,
+    scaling: float | None,
+) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
+    """Four stages per step, (L, 4 S); the state is x = g·z with dz/d(time) = D(x)."""
+    flow = schedule.is_flow
+    alpha, sigma = nodes.alpha, nodes.sigma
+    time = sigma if flow else sigma / alpha
+    g = torch.ones_like(alpha) if flow else alpha
+    middle = 0.5 * (time[:, :-1] + time[:, 1:])
+    if flow:
+        alpha_mid, sigma_mid, model_mid = 1 - middle, middle, MODEL_TIME_SCALE * middle
+        g_mid = torch.ones_like(middle)
+    else:
+        g_mid = alpha_mid = 1 / torch.sqrt(1 + middle**2)
+        sigma_mid, model_mid = middle * alpha_mid, schedule.index_at_ratio(middle)
+    mid = Nodes.at(alpha_mid, sigma_mid, prediction_type, scaling).derivative(flow)
+    at = nodes.derivative(flow)
+    stages_x = (at[0][:, :-1], mid[0], mid[0], at[0][:, 1:])
+    stages_out = (at[1][:, :-1], mid[1], mid[1], at[1][:, 1:])
+    span, zero, one = time[:, 1:] - time[:, :-1], torch.zeros_like(middle), torch.ones_like(middle)
+    g_from, g_to = g[:, :-1], g[:, 1:]
+    # The weight that a stage's derivative has in its own move; the last one moves by `acc`.
+    move = (0.5 * span * g_mid, 0.5 * span * g_mid, span * g_to, zero)
+    weights = (1.0, 2.0, 2.0, 1.0)
+    scale = (g_mid / g_from, g_mid / g_from, g_to / g_from, g_to / g_from)
+    final = sigma[:, 1:] == 0
+    euler = _euler_terms(nodes)
+    first_x = torch.where(final, euler["x", "x"], move[0] * stages_x[0])
+    first_out = torch.where(final, euler["x", "out"], move[0] * stages_out[0])
+    x_terms = (first_x, *(m * d for m, d in zip(move[1:], stages_x[1:], strict=True)))
+    out_terms = (first_out, *(m * d for m, d in zip(move[1:], stages_out[1:], strict=True)))
+    terms = {
+        ("acc", "acc"): (zero, one, one, one),
+        ("acc", "x"): tuple(w * d for w, d in zip(weights, stages_x, strict=True)),
+        ("acc", "out"): tuple(w * d for w, d in zip(weights, stages_out, strict=True)),
+        ("x", "base"): (torch.where(final, zero, scale[0]), *scale[1:]),
+        ("x", "acc"): (zero, zero, zero, span * g_to / 6),
+        ("x", "x"): x_terms,
+        ("x", "out"): out_terms,
+        ("base", "base"): (one, one, one, zero),
+        ("base", "x"): (zero, zero, zero, one),
+    }
+    model = schedule.model_time(nodes_u)
+    times = torch.stack([model[:, :-1], model_mid, model_mid, model[:, 1:]], dim=2).flatten(1)
+    flat = {key: torch.stack(list(value), dim=2).flatten(1) for key, value in terms.items()}
+    return flat, times
+
+
+def expected_forwards(solver: SolverName, num_steps: int, *, to_data: bool) -> int:
+    """Network calls of a lane: steps, or 4 per step with rk4 (1 for the step to sigma = 0)."""
+    if solver != "rk4" or num_steps == 0:
+        return num_steps
+    return 4 * num_steps - (3 if to_data else 0)
