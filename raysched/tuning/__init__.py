@@ -1,1 +1,1 @@
-
+"""Search over rollout settings at equal compute: proposals, early stopping, journal, verdict."""

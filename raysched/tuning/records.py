@@ -1,0 +1,187 @@
+"""What is known about the trials of a sweep, and what a sweep ends with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from raysched.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
+
+TrialStatus = Literal["waiting", "running", "finished", "pruned", "failed", "stopped"]
+SweepStatus = Literal["finished", "stopped", "failed"]
+Answer = Literal["rollouts_pay", "no_clear_winner", "rollouts_do_not_pay"]
+
+# Names of the metrics that a trial reports.
+OBJECTIVE = "objective"
+Q = "quality/q"
+Q_LOW = "quality/q_low"
+Q_HIGH = "quality/q_high"
+FORWARD_EQUIVALENTS = "compute/forward_equivalents"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation of a trial: quality at the compute spent so far."""
+
+    forward_equivalents: float
+    q: float
+
+
+@dataclass
+class TrialRecord:
+    """One trial: what it tries, how far it came, how good it is.
+
+    Attributes:
+        number: 0 is the baseline's; the others count from 1 in the order of their proposal.
+        baseline: whether it is the teacher-forced run at the same budget.
+        assignments: dotted key -> value that differs from the base run.
+        status: waiting, running, finished (budget spent), pruned, failed or stopped (resumable).
+        q: quality at the last evaluation, lower is better; the mean over seeds once finished.
+        q_low: lower end of its bootstrap interval.
+        q_high: upper end of its bootstrap interval.
+        forward_equivalents: compute spent per seed, evaluation excluded.
+        seconds: training time over all seeds.
+        run_dir: the trial's folder.
+        error: why it failed, or why it was pruned, in one line.
+        diverged: it failed because numbers stopped being finite.
+        tracking_id: its run in the tracking store, empty without one.
+        curve: its evaluations, by compute.
+    """
+
+    number: int
+    baseline: bool = False
+    assignments: dict[str, Any] = field(default_factory=dict)
+    status: TrialStatus = "waiting"
+    q: float | None = None
+    q_low: float | None = None
+    q_high: float | None = None
+    forward_equivalents: float = 0.0
+    seconds: float = 0.0
+    run_dir: str = ""
+    error: str | None = None
+    diverged: bool = False
+    tracking_id: str = ""
+    curve: list[Point] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the trial and of its folder."""
+        return trial_name(self.number, baseline=self.baseline)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to run."""
+        return self.status in ("finished", "pruned", "failed")
+
+    def add_point(self, point: Point) -> None:
+        """Add an evaluation; a resumed trial may repeat the last ones, which replaces them."""
+        spent = point.forward_equivalents
+        self.curve = [p for p in self.curve if p.forward_equivalents < spent] + [point]
+        self.forward_equivalents = spent
+        self.q = point.q
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields and the name as JSON types; what is not finite becomes null."""
+        out = asdict(self)
+        del out["curve"], out["diverged"], out["tracking_id"]
+        numbers = {key: _finite(value) for key, value in out.items() if isinstance(value, float)}
+        return {"number": self.number, "name": self.name, **out, **numbers}
+
+
+def trial_name(number: int, *, baseline: bool) -> str:
+    """`000-baseline`, `001`, …"""
+    return f"{number:03d}-baseline" if baseline else f"{number:03d}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to the question whether rollouts pay.
+
+    Attributes:
+        text: the answer in words.
+        answer: the same as a keyword.
+        difference: q of the baseline minus q of the best candidate; positive: the candidate wins.
+        low: lower end of its paired bootstrap interval.
+        high: upper end of its paired bootstrap interval.
+        p_value: of the best candidate, after Holm's correction over the compared candidates.
+        num_seeds: training seeds per trial.
+        num_compared: candidates that reached the budget.
+        indicative: the seeds don't carry more than a hint.
+    """
+
+    text: str
+    answer: Answer
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    num_seeds: int = 1
+    num_compared: int = 0
+    indicative: bool = True
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The end of a sweep.
+
+    Attributes:
+        sweep: its name.
+        status: finished, stopped (resumable) or failed (the baseline failed).
+        folder: its folder.
+        trials: all trials, the baseline among them, by number.
+        winner: the best trial that reached the budget; the baseline if nothing beats it.
+        verdict: whether rollouts pay; None for a sweep that was stopped or has no baseline.
+        files: what was written, name -> path (or command).
+        error: why the sweep failed.
+        budget: forward equivalents of every trial.
+    """
+
+    sweep: str
+    status: SweepStatus
+    folder: Path
+    trials: list[TrialRecord]
+    winner: TrialRecord | None = None
+    verdict: Verdict | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+    budget: float = 0.0
+
+    @property
+    def baseline(self) -> TrialRecord | None:
+        """The teacher-forced trial."""
+        return next((trial for trial in self.trials if trial.baseline), None)
+
+    @property
+    def exit_code(self) -> int:
+        """The process exit code that goes with the status."""
+        codes = {"finished": EXIT_OK, "stopped": EXIT_RESUMABLE, "failed": EXIT_FAILED}
+        return codes[self.status]
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as JSON types."""
+        baseline, winner = self.baseline, self.winner
+        return {
+            "sweep": self.sweep,
+            "status": self.status,
+            "output_dir": str(self.folder),
+            "budget_forward_equivalents": self.budget,
+            "trials": [trial.as_json() for trial in self.trials],
+            "baseline": baseline.as_json() if baseline else None,
+            "winner": winner.as_json() if winner else None,
+            "verdict": _verdict_json(self.verdict) if self.verdict else None,
+            "files": self.files,
+            "error": self.error,
+        }
+
+
+def _verdict_json(verdict: Verdict) -> dict[str, Any]:
+    return {
+        key: _finite(value) if isinstance(value, float) else value
+        for key, value in asdict(verdict).items()
+    }

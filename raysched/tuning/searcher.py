@@ -1,0 +1,102 @@
+"""Ray Tune's searcher: the baseline first, then unfinished trials, points and proposals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from raysched.config.sweep import SweepConfig
+from raysched.tuning.journal import Journal
+from raysched.tuning.proposals import Proposals
+from raysched.tuning.records import OBJECTIVE, TrialRecord, trial_name
+
+
+class TrialSearcher(Searcher):  # type: ignore[misc]
+    """Suggests `{"trial_number", "baseline", "assignments", "tracking_id"}` and journals it.
+
+    The baseline is trial 0 and no point of the space, so the sampler never hears of it. How a
+    trial ended is told by `raysched.tuning.monitor`, which sees errors too.
+
+    Args:
+        sweep: the sweep's config.
+        journal: the sweep's journal; what it holds of an earlier session is not suggested again,
+            except for trials that had not ended, which come first.
+        folder: the folder of the trials' folders.
+        allowed: whether the run model accepts the settings.
+        open_run: opens a trial's run in the tracking store and returns its id.
+        stopping: whether the sweep was asked to stop.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        journal: Journal,
+        *,
+        folder: Path,
+        allowed: Callable[[dict[str, Any]], bool] = lambda _: True,
+        open_run: Callable[[TrialRecord], str] = lambda _: "",
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__(metric=OBJECTIVE, mode="min")
+        past = journal.ordered()
+        self.proposals = Proposals(sweep.space, sweep.search, allowed=allowed, past=past)
+        self._journal = journal
+        self._folder = folder
+        self._num_samples = sweep.search.num_samples
+        self._open_run = open_run
+        self._stopping = stopping
+        self._unfinished = [record for record in past if not record.ended]
+        for record in self._unfinished:
+            if not record.baseline:
+                self.proposals.ask_again(record)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next trial's config, or Tune's mark that there is none."""
+        record = None if self._stopping() else self._next()
+        if record is None:
+            return str(Searcher.FINISHED)
+        return {
+            "trial_number": record.number,
+            "baseline": record.baseline,
+            "assignments": record.assignments,
+            "tracking_id": record.tracking_id,
+        }
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Nothing: the monitor tells the sampler, from the trial's last report or its error."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing but a mark: the journal is what a resumed sweep reads."""
+        Path(checkpoint_path).write_text(str(self._journal.path), encoding="utf-8")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: see `save`."""
+
+    def _next(self) -> TrialRecord | None:
+        if self._unfinished:
+            return self._unfinished.pop(0)
+        if 0 not in self._journal.records:
+            return self._suggested(TrialRecord(0, baseline=True))
+        number = max(self._journal.records) + 1
+        if number > self._num_samples:
+            return None
+        assignments = self.proposals.ask(number)
+        if assignments is None:
+            return None
+        return self._suggested(TrialRecord(number, assignments=assignments))
+
+    def _suggested(self, record: TrialRecord) -> TrialRecord:
+        record.run_dir = str(self._folder / trial_name(record.number, baseline=record.baseline))
+        return self._journal.append(
+            "suggested",
+            record.number,
+            baseline=record.baseline,
+            assignments=record.assignments,
+            run_dir=record.run_dir,
+            tracking_id=self._open_run(record),
+        )

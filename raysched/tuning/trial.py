@@ -1,0 +1,223 @@
+"""One trial, as Ray Tune runs it: train the run that the trial's settings make, once per seed.
+
+Early stopping looks at the first seed, whose evaluations are reported as they come; the further
+seeds of a trial that survives are trained to the end. A trial never raises: how it ended is its
+last report, so that a failure is a result and the sweep goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Protocol
+
+from raysched.config.run import BudgetConfig, RunConfig
+from raysched.errors import UserError
+from raysched.tuning.records import FORWARD_EQUIVALENTS, OBJECTIVE, Q, Q_HIGH, Q_LOW, trial_name
+
+if TYPE_CHECKING:
+    from raysched.tracking import StoreHandle
+    from raysched.training.result import RunResult
+
+TrialReport = Callable[[dict[str, Any]], None]
+
+
+class Train(Protocol):
+    """Trains one run in its folder, from its last checkpoint if there is one."""
+
+    def __call__(
+        self,
+        config: RunConfig,
+        *,
+        run_dir: Path,
+        report: Callable[[Mapping[str, Any]], None],
+        tracking: tuple[StoreHandle, str] | None,
+    ) -> RunResult:
+        """Call `report` once per evaluation, in order; return how it ended."""
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What all trials of a sweep share; it is sent to the trial's process.
+
+    Attributes:
+        base: the run that the settings change.
+        assign: base and settings -> the trial's run.
+        baseline: base -> the teacher-forced run.
+        folder: the sweep's folder.
+        budget: forward equivalents of every trial and seed.
+        seeds: training seeds.
+        store: the tracking store, None without tracking.
+        train: trains one run.
+    """
+
+    base: RunConfig
+    assign: Callable[[RunConfig, Mapping[str, Any]], RunConfig]
+    baseline: Callable[[RunConfig], RunConfig]
+    folder: Path
+    budget: float
+    seeds: tuple[int, ...]
+    store: StoreHandle | None
+    train: Train
+
+    @property
+    def stop_file(self) -> Path:
+        """Its presence ends the sweep: no further training is begun."""
+        return self.folder / ".stop"
+
+    def trial_dir(self, trial: Mapping[str, Any]) -> Path:
+        """The folder of a trial."""
+        name = trial_name(trial["trial_number"], baseline=trial["baseline"])
+        return self.folder / "trials" / name
+
+    def run_dirs(self, trial: Mapping[str, Any]) -> list[Path]:
+        """The folders of a trial's runs, one per seed."""
+        folder = self.trial_dir(trial)
+        return [folder] if len(self.seeds) == 1 else [folder / f"seed-{s}" for s in self.seeds]
+
+    def config(self, trial: Mapping[str, Any], seed: int) -> RunConfig:
+        """The run of a trial: its settings, the common budget, a seed."""
+        changed = (
+            self.baseline(self.base)
+            if trial["baseline"]
+            else self.assign(self.base, trial["assignments"])
+        )
+        budget = BudgetConfig(forward_equivalents=self.budget)
+        return changed.model_copy(
+            update={
+                "name": trial_name(trial["trial_number"], baseline=trial["baseline"]),
+                "seed": seed,
+                "training": changed.training.model_copy(update={"budget": budget}),
+            }
+        )
+
+
+def run_trial(trial: dict[str, Any], plan: TrialPlan) -> None:
+    """The function that Ray Tune calls; `trial` is what the searcher suggested."""
+    from ray import tune
+
+    tune.report(train_trial(trial, plan, tune.report))
+
+
+def train_trial(trial: Mapping[str, Any], plan: TrialPlan, report: TrialReport) -> dict[str, Any]:
+    """Train a trial on all seeds.
+
+    Args:
+        trial: trial_number, baseline, assignments, tracking_id.
+        plan: what all trials share.
+        report: told the evaluations of the first seed.
+
+    Returns:
+        The last report: status, q with interval, compute, seconds, error.
+    """
+    results: list[RunResult] = []
+    try:
+        for index, (seed, run_dir) in enumerate(
+            zip(plan.seeds, plan.run_dirs(trial), strict=True)
+        ):
+            if plan.stop_file.exists():
+                return _ended("stopped", results)
+            first = index == 0
+            results.append(_train_seed(trial, plan, seed, run_dir, report if first else None))
+            if results[-1].status != "finished":
+                break
+    except UserError as error:
+        return _ended("failed", results, error=str(error))
+    except Exception as error:  # noqa: BLE001 - a trial's failure is a result of the sweep
+        log = plan.trial_dir(trial) / "error.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return _ended("failed", results, error=f"{reason} (all of it in {log})")
+    return _ended(results[-1].status, results, error=results[-1].error)
+
+
+def _train_seed(
+    trial: Mapping[str, Any], plan: TrialPlan, seed: int, run_dir: Path, report: TrialReport | None
+) -> RunResult:
+    from raysched.training.result import read_result
+
+    done = read_result(run_dir)
+    if done is not None and done.status == "finished":
+        return done
+
+    def relay(metrics: Mapping[str, Any]) -> None:
+        if report is not None and Q in metrics:
+            report(_evaluation(metrics, run_dir))
+
+    tracked = plan.store is not None and report is not None
+    return plan.train(
+        plan.config(trial, seed),
+        run_dir=run_dir,
+        report=relay,
+        tracking=(plan.store, trial["tracking_id"]) if tracked and plan.store else None,
+    )
+
+
+def _evaluation(metrics: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    return {
+        OBJECTIVE: float(metrics[Q]),
+        Q_LOW: metrics.get(Q_LOW),
+        Q_HIGH: metrics.get(Q_HIGH),
+        FORWARD_EQUIVALENTS: float(metrics[FORWARD_EQUIVALENTS]),
+        "run_dir": str(run_dir),
+        "ended": False,
+    }
+
+
+def _ended(
+    status: str, results: Sequence[RunResult], *, error: str | None = None
+) -> dict[str, Any]:
+    """The last report: means over the seeds that were trained."""
+    metrics = [result.metrics for result in results]
+    compute = [result.compute for result in results]
+    return {
+        "ended": True,
+        "status": status,
+        "error": error,
+        "diverged": status == "failed" and _diverged(results),
+        OBJECTIVE: _mean(metrics, Q),
+        Q_LOW: _mean(metrics, Q_LOW),
+        Q_HIGH: _mean(metrics, Q_HIGH),
+        FORWARD_EQUIVALENTS: _mean(compute, "forward_equivalents"),
+        "seconds": sum(entry.get("seconds", 0.0) for entry in compute),
+    }
+
+
+def _mean(entries: Sequence[Mapping[str, float]], key: str) -> float | None:
+    # The ends of intervals are averaged too: the seeds share noise and reference.
+    values = [entry[key] for entry in entries if entry.get(key) is not None]
+    return fmean(values) if values else None
+
+
+def _diverged(results: Sequence[RunResult]) -> bool:
+    last = results[-1] if results else None
+    if last is None:
+        return False
+    odd = any(not math.isfinite(value) for value in last.metrics.values())
+    return odd or "not finite" in (last.error or "") or "NaN" in (last.error or "")
+
+
+def train_run(
+    config: RunConfig,
+    *,
+    run_dir: Path,
+    report: Callable[[Mapping[str, Any]], None],
+    tracking: tuple[StoreHandle, str] | None,
+) -> RunResult:
+    """Train one run by the launcher, tracked under the run that the driver made for it."""
+    import functools
+
+    from raysched.distributed.launch import run_training
+    from raysched.tracking import MlflowTracker
+    from raysched.training.run_folder import holds_run, open_run_folder
+    from raysched.training.stop import clear_stop
+
+    open_run_folder(config, run_dir, resume=holds_run(run_dir))
+    clear_stop(run_dir)
+    make = functools.partial(MlflowTracker, *tracking, run_dir) if tracking else None
+    return run_training(config, run_dir=run_dir, report=report, make_tracker=make)

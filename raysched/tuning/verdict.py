@@ -1,0 +1,165 @@
+"""Do rollouts pay? Paired comparison with the baseline, corrected for the number compared.
+
+The difference is q of the baseline minus q of a candidate: positive means that the candidate is
+better. Its p-value comes from the paired bootstrap's spread (normal approximation, two-sided) and
+is corrected over all candidates that reached the budget (Holm 1979).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from raysched.tuning.records import Answer, TrialRecord, Verdict
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate against the baseline on the same noise.
+
+    Attributes:
+        number: the candidate's number.
+        difference: q of the baseline minus q of the candidate.
+        low: lower end of the paired interval.
+        high: upper end of the paired interval.
+        confidence: level of the interval.
+    """
+
+    number: int
+    difference: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, from the interval's width."""
+        z = NormalDist().inv_cdf(0.5 + self.confidence / 2)
+        error = (self.high - self.low) / (2 * z)
+        if error <= 0:
+            return 1.0 if self.difference == 0 else 0.0
+        return 2 * (1 - NormalDist().cdf(abs(self.difference) / error))
+
+
+def holm(p_values: Mapping[int, float]) -> dict[int, float]:
+    """Adjusted p-values that hold the chance of any false claim (Holm 1979)."""
+    ordered = sorted(p_values, key=lambda number: p_values[number])
+    adjusted, largest = {}, 0.0
+    for rank, number in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[number]))
+        adjusted[number] = largest
+    return adjusted
+
+
+def eligible(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials that reached the budget with a finite q: only they compete."""
+    return [t for t in trials if t.status == "finished" and t.q is not None and math.isfinite(t.q)]
+
+
+def best(trials: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The eligible trial of lowest q; the baseline wins a tie."""
+    key = {t.number: (t.q if t.q is not None else math.inf, not t.baseline) for t in trials}
+    return min(eligible(trials), key=lambda trial: key[trial.number], default=None)
+
+
+def decide(
+    trials: Sequence[TrialRecord],
+    comparisons: Sequence[Comparison],
+    *,
+    num_seeds: int,
+    metric: str,
+) -> Verdict:
+    """Say whether rollouts pay.
+
+    Args:
+        trials: all trials of the sweep.
+        comparisons: one per candidate that reached the budget.
+        num_seeds: training seeds per trial.
+        metric: the quality's name, for the text.
+
+    Returns:
+        The verdict. The seeds are those that the winner was chosen on, so it is indicative.
+    """
+    hint = _hint(num_seeds)
+    by_number = {comparison.number: comparison for comparison in comparisons}
+    candidate = best([t for t in trials if t.number in by_number and not t.baseline])
+    if candidate is None:
+        return Verdict(
+            "no clear winner: no candidate reached the budget, so nothing can be said about "
+            f"rollouts at equal compute {hint}",
+            "no_clear_winner",
+            num_seeds=num_seeds,
+        )
+    comparison = by_number[candidate.number]
+    p_value = holm({c.number: c.p_value for c in comparisons})[candidate.number]
+    answer = _answer(comparison, p_value)
+    return Verdict(
+        text=f"{_text(answer, candidate, comparison, metric)} {hint}{_corrected(comparisons)}",
+        answer=answer,
+        difference=comparison.difference,
+        low=comparison.low,
+        high=comparison.high,
+        p_value=p_value,
+        num_seeds=num_seeds,
+        num_compared=len(comparisons),
+    )
+
+
+def _answer(comparison: Comparison, p_value: float) -> Answer:
+    level = 1 - comparison.confidence
+    if comparison.difference > 0 and comparison.low > 0 and p_value < level:
+        return "rollouts_pay"
+    # Here even the best of all is worse: that claim needs no correction for their number.
+    if comparison.difference < 0 and comparison.high < 0:
+        return "rollouts_do_not_pay"
+    return "no_clear_winner"
+
+
+def _text(answer: Answer, candidate: TrialRecord, comparison: Comparison, metric: str) -> str:
+    name = f"trial {candidate.name} ({describe(candidate)})"
+    low, high = comparison.low, comparison.high
+    if answer == "rollouts_pay":
+        return (
+            f"{name} beats teacher forcing by {comparison.difference:.4g} in {metric} "
+            f"[{low:.4g}, {high:.4g}] at equal compute"
+        )
+    if answer == "rollouts_do_not_pay":
+        return (
+            f"rollouts do not pay here: the best of them, {name}, is worse than teacher forcing "
+            f"by {-comparison.difference:.4g} in {metric} [{-high:.4g}, {-low:.4g}] at equal "
+            "compute"
+        )
+    side = "better" if comparison.difference >= 0 else "worse"
+    shown = (low, high) if comparison.difference >= 0 else (-high, -low)
+    return (
+        f"no clear winner: the best candidate, {name}, is {side} than teacher forcing by "
+        f"{abs(comparison.difference):.4g} in {metric} [{shown[0]:.4g}, {shown[1]:.4g}] at equal "
+        "compute, which is not enough to tell them apart"
+    )
+
+
+def _hint(num_seeds: int) -> str:
+    if num_seeds == 1:
+        return "(indicative: 1 seed, the one that chose the candidate)"
+    return f"(indicative: {num_seeds} seeds, the ones that chose the candidate)"
+
+
+def _corrected(comparisons: Sequence[Comparison]) -> str:
+    if len(comparisons) == 1:
+        return ""
+    return f"; Holm's correction over {len(comparisons)} candidates"
+
+
+def describe(trial: TrialRecord) -> str:
+    """The settings in short: last parts of the dotted keys with their values."""
+    if trial.baseline:
+        return "teacher forcing"
+    return ", ".join(
+        f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in trial.assignments.items()
+    )
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
