@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from raysched.arguments import join_values, split_arguments
-from raysched.errors import EXIT_FAILED, EXIT_RESUMABLE
+from raysched.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
 from raysched.outcome import Outcome, report, stopped_early, usage_failure, warn
 from raysched.signals import STOP
 
@@ -197,7 +197,7 @@ def doctor(as_json: Json = False) -> Work:
             "checks": [check.as_json() for check in checks],
         }
         text = "\n".join(check.as_line() for check in checks)
-        return Outcome(payload, text, exit_code=EXIT_FAILED if failed else 0)
+        return Outcome(payload, text, exit_code=EXIT_FAILED if failed else EXIT_OK)
 
     return work
 
@@ -210,14 +210,16 @@ def sync(
     """Send the points of a run that MLflow has not got, because its server was away."""
 
     def work() -> Outcome:
+        from dataclasses import asdict
         from pathlib import Path
 
         from raysched.tracking.sync import sync as send
 
         result = send(Path(run))
-        payload = result.as_json()
-        text = "\n".join(f"{key}: {value}" for key, value in payload.items())
-        return Outcome(payload, text, exit_code=EXIT_RESUMABLE if payload.get("pending") else 0)
+        payload = asdict(result)
+        text = "\n".join(f"{key}: {value}" for key, value in payload.items() if key != "problems")
+        unsent = result.problems or result.num_remaining
+        return Outcome(payload, text, EXIT_RESUMABLE if unsent else EXIT_OK, result.problems)
 
     return work
 

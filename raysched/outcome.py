@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +74,7 @@ def guarded(work: Callable[[], Outcome]) -> Outcome:
             return stopped_early()
         code = error.code if isinstance(error.code, int) else EXIT_FAILED
         return failure([f"a library ended the process with code {error.code}"], code)
-    except Exception as error:  # noqa: BLE001: the last resort of the whole command
+    except Exception as error:  # noqa: BLE001 - the last resort of the whole command
         return _unexpected(error)
 
 
@@ -112,7 +114,7 @@ def warn(messages: list[str]) -> None:
 def report(work: Callable[[], Outcome], *, as_json: bool) -> int:
     """Run a command, print its outcome, and return the exit code."""
     try:
-        with _stdout_for_json(as_json) as descriptor:
+        with plain_warnings(), _stdout_for_json(as_json) as descriptor:
             outcome = guarded(work)
             for problem in outcome.problems:
                 print(f"error: {problem}", file=sys.stderr)
@@ -131,6 +133,26 @@ def report(work: Callable[[], Outcome], *, as_json: bool) -> int:
 def usage_failure(message: str) -> Outcome:
     """The outcome of a command line that can't be understood."""
     return failure([message], EXIT_USAGE)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show the package's own warnings as `warning: ...` lines, and no library's."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logger = logging.getLogger("raysched")
+    logger.addHandler(handler)
+    former = warnings.formatwarning
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module=r"raysched(\.|$)")
+        warnings.formatwarning = lambda message, *_args, **_more: f"warning: {message}\n"
+        try:
+            yield
+        finally:
+            warnings.formatwarning = former
+            logger.removeHandler(handler)
 
 
 @contextlib.contextmanager
