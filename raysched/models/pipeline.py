@@ -241,7 +241,7 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
         kind: str = self.config.prediction_type
         if not self.is_flow or kind == "flow_matching":
             return output
-        sigma = float(time) / self.scheduler.config.num_train_timesteps
+        sigma: float = float(time) / self.scheduler.config.num_train_timesteps
         alpha = 1.0 - sigma
         if kind == "sample":
             return (sample - output) / max(sigma, DIVISOR_FLOOR)
