@@ -1,1 +1,1 @@
-
+"""The training loop; knows neither Ray nor MLflow."""

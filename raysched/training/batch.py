@@ -44,10 +44,9 @@ def draw_batch(run: Run, step: int) -> Batch:
     plan = draw_plan(config, run.schedule, target_u, seed, step, global_indices)
     mine = deal(plan.num_steps, run.world_size)[run.rank]
     indices = global_indices[mine]
-    rows = batch_indices(seed, step, size, torch.as_tensor(run.dataset.train_indices))[mine]
+    rows = batch_indices(seed, step, size, run.dataset.train_indices)[mine]
     dropped = uniforms(seed, "label_dropout", step, indices)[:, 0] < config.model.label_dropout
-    labels = torch.as_tensor(run.dataset.labels)[rows]
-    labels = torch.where(dropped, run.dataset.num_classes, labels)
+    labels = torch.where(dropped, run.dataset.num_classes, run.dataset.labels_at(rows))
     x0 = run.dataset.images_at(rows)
     eps = normals(seed, "noise", step, indices, tuple(x0.shape[1:]))
     return Batch(

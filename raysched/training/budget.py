@@ -24,7 +24,12 @@ def fraction_spent(budget: BudgetConfig, step: int, meter: ComputeMeter) -> floa
     if budget.forward_equivalents is not None:
         return meter.forward_equivalents / budget.forward_equivalents
     assert budget.seconds is not None, "the config model guarantees one unit"
-    return meter.training_seconds / budget.seconds
+    return training_seconds(meter) / budget.seconds
+
+
+def training_seconds(meter: ComputeMeter) -> float:
+    """Seconds of rollouts and gradient steps, evaluation and checkpoints left out."""
+    return meter.seconds("rollout") + meter.seconds("training")
 
 
 def learning_rate_at(config: OptimizerConfig, fraction: float) -> float:

@@ -134,7 +134,9 @@ def _write(root: Path, target: Path, checkpoint: Checkpoint) -> None:
     temporary.mkdir(parents=True)
     try:
         for name in TENSOR_FILES:
-            tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors[name].items()}
+            tensors = {
+                k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors[name].items()
+            }
             _save_tensors(tensors, temporary / f"{name}.safetensors")
         write_json(temporary / "state.json", {**checkpoint.state, "step": checkpoint.step})
         digests = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
@@ -150,6 +152,7 @@ def _write(root: Path, target: Path, checkpoint: Checkpoint) -> None:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # safetensors reports a full disk as its own error type, without an errno.
     try:
         save_file(tensors, path)

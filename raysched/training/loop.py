@@ -28,12 +28,12 @@ from raysched.training.checkpoint import (
 )
 from raysched.training.evaluate_step import evaluate_run, save_final
 from raysched.training.files import write_json
-from raysched.training.protocols import Report, Tracker
+from raysched.training.protocols import Report, RunStatus, Tracker
 from raysched.training.result import RESULT_FILE, RunResult
 from raysched.training.run_folder import MetricsLog
 from raysched.training.setup import Run, build_run
 from raysched.training.spend import compute_summary
-from raysched.training.stop import StopRequest, StopWatch
+from raysched.training.stop import StopOrder, StopWatch
 from raysched.training.train_step import StepResult, train_step
 
 log = logging.getLogger(__name__)
@@ -72,9 +72,7 @@ class Progress:
         return means
 
 
-def train_loop(
-    config: RunConfig, *, run_dir: Path, report: Report, tracker: Tracker
-) -> RunResult:
+def train_loop(config: RunConfig, *, run_dir: Path, report: Report, tracker: Tracker) -> RunResult:
     """Train until the budget is spent, a stop is asked for, or the loss is no number.
 
     Args:
@@ -92,10 +90,9 @@ def train_loop(
     loop = Loop(build_run(config), run_dir, report, tracker)
     loop.restore()
     try:
-        status, error = loop.until_end()
+        return loop.finish(loop.until_end(), None)
     except RunFailedError as failure:
-        status, error = "failed", str(failure)
-    return loop.finish(status, error)
+        return loop.finish("failed", str(failure))
 
 
 class Loop:
@@ -125,9 +122,7 @@ class Loop:
             run, state = self.run, checkpoint.state
             run.policy.load_state_dict(checkpoint.tensors["model"])
             run.ema.load_state_dict(checkpoint.tensors["ema"])
-            restore_optimizer(
-                run.optimizer, run.parameter_names, checkpoint.tensors["optimizer"]
-            )
+            restore_optimizer(run.optimizer, run.parameter_names, checkpoint.tensors["optimizer"])
             run.meter.load_state_dict(state["meter"])
             scaler = getattr(run.accelerator, "scaler", None)
             if scaler is not None and state["scaler"]:
@@ -137,14 +132,14 @@ class Loop:
         if self.is_main:
             self.points = MetricsLog(self.run_dir, last_step=self.run.step)
 
-    def until_end(self) -> tuple[Literal["finished", "stopped", "pruned"], str | None]:
+    def until_end(self) -> RunStatus:
         """Step until the budget is spent or a stop is asked for."""
         run, training = self.run, self.run.config.training
         while run.fraction < 1.0:
             request = self._agree_on_stop()
             if request is not None:
                 self.save()
-                return request, None
+                return request
             before = (run.fraction, run.meter.forward_equivalents)
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate_at(run.config.optimizer, before[0])
@@ -157,7 +152,7 @@ class Loop:
             if run.step % training.checkpoint_every_steps == 0 and after[0] < 1.0:
                 self.save()
         self.save()
-        return "finished", None
+        return "finished"
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one already."""
@@ -183,9 +178,7 @@ class Loop:
         save_checkpoint(self.run_dir, checkpoint, keep_last=run.config.training.keep_last)
         self.saved_step = run.step
 
-    def finish(
-        self, status: Literal["finished", "stopped", "pruned", "failed"], error: str | None
-    ) -> RunResult:
+    def finish(self, status: RunStatus, error: str | None) -> RunResult:
         """Write what a finished run leaves behind, close the tracker, and sum up."""
         if status == "finished" and self.is_main:
             save_final(self.run, self.run_dir, self.tracker)
@@ -214,7 +207,7 @@ class Loop:
         self.progress.add(result.metrics())
 
     def _agree_on_stop(self) -> Literal["stopped", "pruned"] | None:
-        request: StopRequest | None = self.stop.requested() if self.is_main else None
+        request: StopOrder | None = self.stop.requested() if self.is_main else None
         if self.run.world_size == 1:
             return request.status if request else None
         # All ranks must leave the loop after the same step, or the next gradient sync hangs.
@@ -225,7 +218,7 @@ class Loop:
 
     def _log(self, metrics: dict[str, float]) -> None:
         run = self.run
-        metrics = {**metrics, **{f"compute/{k}": v for k, v in run.meter.breakdown().items()}}
+        metrics = {**metrics, **{f"compute/{k}": v for k, v in run.meter.summary().items()}}
         metrics["train/learning_rate"] = run.optimizer.param_groups[0]["lr"]
         self._record(metrics)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,11 +12,8 @@ from numpy.typing import NDArray
 RunStatus = Literal["finished", "stopped", "pruned", "failed"]
 
 
-class Report(Protocol):
-    """Called once per evaluation, on every rank, with the metrics of rank 0."""
-
-    def __call__(self, metrics: Mapping[str, float]) -> None:
-        """Hand an evaluation's metrics to whoever runs the loop."""
+# Called on every rank after each evaluation, with the metrics of rank 0 there.
+Report = Callable[[Mapping[str, float]], None]
 
 
 class Tracker(Protocol):

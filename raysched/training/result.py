@@ -19,7 +19,7 @@ class RunResult:
     """The end of a run.
 
     Attributes:
-        status: finished (budget spent), stopped (resumable), pruned (ended by its sweep) or failed.
+        status: finished (budget spent), stopped (resumable), pruned (by its sweep) or failed.
         output_dir: the run's folder.
         metrics: those of the last evaluation and the last training loss.
         compute: forward equivalents (rollout and training), their parts, seconds, memory, disk.
@@ -43,7 +43,8 @@ class RunResult:
 
     def as_json(self) -> dict[str, Any]:
         """All fields as JSON types; NaN and infinities become null."""
-        return finite_json(asdict(self))
+        content: dict[str, Any] = finite_json(asdict(self))
+        return content
 
 
 def finite_json(value: Any) -> Any:

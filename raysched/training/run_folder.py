@@ -119,7 +119,12 @@ class MetricsLog:
             temporary.replace(self._path)
 
     def append(
-        self, metrics: Mapping[str, float], *, step: int, forward_equivalents: float, seconds: float
+        self,
+        metrics: Mapping[str, float],
+        *,
+        step: int,
+        forward_equivalents: float,
+        seconds: float,
     ) -> None:
         """Add a point; one write, so that a kill leaves at most one torn line."""
         point = {

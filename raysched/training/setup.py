@@ -14,7 +14,7 @@ from raysched.data.dataset import ImageDataset, load_dataset
 from raysched.diffusion.compute import ComputeMeter
 from raysched.diffusion.schedules import NoiseSchedule
 from raysched.models.ema import EMA
-from raysched.models.networks import build_network
+from raysched.models.networks import Denoiser, build_network
 from raysched.training.budget import fraction_spent
 
 
@@ -39,7 +39,7 @@ class Run:
     dataset: ImageDataset
     schedule: NoiseSchedule
     network: nn.Module
-    policy: nn.Module
+    policy: Denoiser
     ema: EMA
     optimizer: Any
     accelerator: Any
@@ -104,6 +104,8 @@ def build_run(config: RunConfig) -> Run:
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        # One kernel for all parameters: a small network's step is mostly call overhead.
+        fused=True,
     )
     ema = EMA(network, config.model.ema_half_life_samples)
     wrapped, prepared = accelerator.prepare(network, optimizer)

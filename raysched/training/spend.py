@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from raysched.training.budget import training_seconds
 from raysched.training.checkpoint import checkpoint_folders
 from raysched.training.setup import Run
 
@@ -24,10 +25,10 @@ def compute_summary(run: Run, run_dir: Path, wall_seconds: float) -> dict[str, f
         `forward_equivalents` and `seconds` leave the evaluation out.
     """
     return {
-        **run.meter.breakdown(),
+        **run.meter.summary(),
         "steps": float(run.step),
         "samples": float(run.step * run.config.training.batch_size),
-        "seconds": run.meter.training_seconds,
+        "seconds": training_seconds(run.meter),
         "wall_seconds": wall_seconds,
         "peak_memory_bytes": float(peak_memory_bytes(run.device)),
         "disk_bytes": float(disk_bytes(run_dir)),

@@ -20,7 +20,7 @@ POLL_S = 0.2
 
 
 @dataclass(frozen=True)
-class StopRequest:
+class StopOrder:
     """What the stop file says."""
 
     status: Literal["stopped", "pruned"]
@@ -45,7 +45,7 @@ class StopWatch:
         self._path = run_dir / STOP_FILE
         self._next = 0.0
 
-    def requested(self, *, at_once: bool = False) -> StopRequest | None:
+    def requested(self, *, at_once: bool = False) -> StopOrder | None:
         """The request, or None; `at_once` looks however short the last look is ago."""
         now = time.monotonic()
         if now < self._next and not at_once:
@@ -54,4 +54,4 @@ class StopWatch:
         if not self._path.is_file():
             return None
         content = json.loads(self._path.read_text(encoding="utf-8"))
-        return StopRequest(status=content["status"], reason=content["reason"])
+        return StopOrder(status=content["status"], reason=content["reason"])

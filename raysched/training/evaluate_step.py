@@ -1,0 +1,60 @@
+"""An evaluation within a run: EMA weights in, metrics, sample grid and final samples out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from raysched.evaluation.evaluate import evaluate
+from raysched.evaluation.grids import sample_grid, save_png
+from raysched.training.files import storage_errors
+from raysched.training.protocols import Tracker
+from raysched.training.setup import Run
+
+FINAL_SAMPLES_FILE = "final_samples.safetensors"
+PIPELINE_FOLDER = "pipeline"
+
+
+def evaluate_run(run: Run, run_dir: Path, tracker: Tracker, *, final: bool) -> dict[str, float]:
+    """Measure the EMA weights' quality; the first grid of samples goes to the tracker.
+
+    Args:
+        run: the run; only its meter changes.
+        run_dir: gets `samples/step-*.png`, and at the end the samples themselves.
+        tracker: of rank 0.
+        final: the evaluation at the end of the budget, with more samples.
+    """
+    settings = run.config.evaluation
+    with run.meter.timed("evaluation"), run.ema.applied(run.policy), run.accelerator.autocast():
+        evaluation = evaluate(
+            run.policy,
+            config=run.config,
+            dataset=run.dataset,
+            schedule=run.schedule,
+            num_samples=settings.final_num_samples if final else settings.num_samples,
+            meter=run.meter,
+        )
+    samples = evaluation.samples[max(settings.nfe)]
+    grid = sample_grid(
+        samples,
+        evaluation.labels,
+        num_classes=run.dataset.num_classes,
+        max_images=settings.grid_images,
+    )
+    with storage_errors(run_dir, "writing samples"):
+        save_png(grid, run_dir / "samples" / f"step-{run.step:08d}.png")
+        if final:
+            tensors = {f"nfe_{nfe}": images for nfe, images in evaluation.samples.items()}
+            save_file({**tensors, "labels": evaluation.labels}, run_dir / FINAL_SAMPLES_FILE)
+    tracker.log_image("samples", grid, step=run.step)
+    return evaluation.metrics
+
+
+def save_final(run: Run, run_dir: Path, tracker: Tracker) -> None:
+    """Write the EMA weights as a diffusers pipeline folder."""
+    from raysched.models.export import save_pipeline
+
+    with storage_errors(run_dir, "writing the pipeline"), run.ema.applied(run.policy):
+        save_pipeline(run_dir / PIPELINE_FOLDER, run.policy, run.config, run.dataset.class_names)
+    tracker.log_artifact(run_dir / "config.yaml")

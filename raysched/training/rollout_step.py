@@ -1,0 +1,109 @@
+"""The rollouts of one optimizer step on this rank: self-made latents, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raysched.diffusion.parameterization import add_noise
+from raysched.diffusion.rollout import plan_calls, rollout
+from raysched.training.batch import Batch
+from raysched.training.setup import Run
+
+
+@dataclass(frozen=True)
+class RolledInputs:
+    """What the gradient forward sees.
+
+    Attributes:
+        sample: (b, C, H, W), x_hat_t where rolled out, x_t elsewhere.
+        mask: (b,) bool on the host, the rolled samples.
+        num_rolled: R on this rank.
+        clean_prediction: (b, C, H, W), the prediction at x_t of rolled samples (0 elsewhere);
+            None unless ReflexFlow's frequency compensation is on.
+        metrics: `rollout/…` numbers of this rank.
+    """
+
+    sample: Tensor
+    mask: Tensor
+    num_rolled: int
+    clean_prediction: Tensor | None
+    metrics: dict[str, float]
+
+
+def roll_out(run: Run, batch: Batch, x_t: Tensor) -> RolledInputs:
+    """Let the current weights generate the inputs of the samples with k > 0.
+
+    Without any such sample nothing is computed, so that probability 0 leaves the run as it is.
+
+    Args:
+        run: this rank's run; its meter counts the forwards of all ranks.
+        batch: the rank's samples and their plan.
+        x_t: (b, C, H, W), the teacher-forced inputs.
+    """
+    plan = batch.plan
+    num_forwards = 0
+    sample, clean = x_t, None
+    if plan.num_rolled:
+        with run.meter.timed("rollout"):
+            sample, clean, num_forwards = _generate(run, batch, x_t)
+    run.meter.forward("rollout", _sum_over_ranks(run, num_forwards))
+    return RolledInputs(
+        sample=sample,
+        mask=plan.rolled,
+        num_rolled=plan.num_rolled,
+        clean_prediction=clean,
+        metrics=_metrics(batch, sample, x_t),
+    )
+
+
+def _generate(run: Run, batch: Batch, x_t: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    """Self-made latents, clean predictions if wanted, and this rank's forwards."""
+    settings, plan = run.config.scheduled_sampling, batch.plan
+    with_clean = bool(settings.reflexflow) and settings.reflexflow_alpha != 0
+    calls = plan_calls(
+        plan,
+        run.schedule,
+        solver=settings.sampler,
+        prediction_type=run.config.prediction_type,
+        capacity=-(-len(x_t) // run.config.training.gradient_accumulation),
+        order=settings.order,
+        with_clean=with_clean,
+        device=x_t.device,
+        dtype=x_t.dtype,
+    )
+    # The source shares the target's noise: the rollout's error is the model's alone.
+    x_source = add_noise(batch.x0, batch.eps, *run.schedule.alpha_sigma(plan.source_u))
+
+    def network(*, sample: Tensor, timestep: Tensor, lanes: Tensor) -> Tensor:
+        return run.predict(sample, timestep, batch.labels[lanes])
+
+    run.policy.eval()
+    result = rollout(network, x_source, calls, x_t if with_clean else None)
+    # Rows that were not rolled out keep the teacher-forced input bit for bit.
+    rows = plan.rolled.to(x_t.device).reshape(-1, *(1,) * (x_t.ndim - 1))
+    return torch.where(rows, result.x_hat, x_t), result.clean_pred, result.num_forwards
+
+
+def _sum_over_ranks(run: Run, count: int) -> int:
+    if run.world_size == 1:
+        return count
+    total = torch.tensor(count, device=run.device)
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def _metrics(batch: Batch, sample: Tensor, x_t: Tensor) -> dict[str, float]:
+    """Share rolled out, mean offset of those, and the latents' drift from the forward ones."""
+    plan = batch.plan
+    count = len(plan.num_steps)
+    if not plan.num_rolled:
+        return {"rollout/fraction": 0.0, "rollout/mean_offset": 0.0, "rollout/drift": 0.0}
+    moved = (sample - x_t).flatten(1).square().mean(dim=1).sqrt()
+    return {
+        "rollout/fraction": plan.num_rolled / count,
+        "rollout/mean_offset": float(plan.num_steps.sum()) / plan.num_rolled,
+        "rollout/drift": float(moved.sum()) / plan.num_rolled,
+    }

@@ -1,0 +1,151 @@
+"""One optimizer step: noise, roll out, regress, step.
+
+Legend: B samples of the global batch, b of them on this rank, R rolled out, C, H, W image dims.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raysched.diffusion.losses import plain_loss, reflexflow_loss
+from raysched.diffusion.parameterization import add_noise, anchored_target, prediction_target
+from raysched.diffusion.randomness import generator
+from raysched.training.batch import Batch, draw_batch
+from raysched.training.rollout_step import RolledInputs, roll_out
+from raysched.training.setup import Run
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports.
+
+    Attributes:
+        loss: mean over this rank's samples.
+        grad_norm: before clipping, of the synchronised gradient.
+        bad_samples: global indices of this rank's samples whose loss is no finite number.
+        rollout: metrics of the rollouts.
+    """
+
+    loss: float
+    grad_norm: float
+    bad_samples: tuple[int, ...]
+    rollout: dict[str, float]
+
+    def metrics(self) -> dict[str, float]:
+        """The step's numbers under their metric names."""
+        return {"train/loss": self.loss, "train/grad_norm": self.grad_norm, **self.rollout}
+
+    def describe_failure(self) -> str:
+        """In words, what was not finite."""
+        if self.bad_samples:
+            shown = ", ".join(map(str, self.bad_samples[:5]))
+            more = ", …" if len(self.bad_samples) > 5 else ""
+            return f"the loss of {len(self.bad_samples)} samples is {self.loss} ({shown}{more})"
+        if not math.isfinite(self.loss):
+            return f"the loss is {self.loss}"
+        return f"the gradient's norm is {self.grad_norm} (on this or another rank)"
+
+
+def train_step(run: Run, step: int) -> StepResult:
+    """Train on one global batch; the caller has set the learning rate.
+
+    Args:
+        run: this rank's run; its weights, EMA and meter change unless the loss is not finite.
+        step: number of the step, from 0.
+    """
+    batch = draw_batch(run, step)
+    alpha, sigma = run.schedule.alpha_sigma(batch.plan.target_u)
+    x_t = add_noise(batch.x0, batch.eps, alpha, sigma)
+    target = prediction_target(run.config.prediction_type, batch.x0, batch.eps, alpha, sigma)
+    rolled = roll_out(run, batch, x_t)
+    if rolled.num_rolled and run.config.scheduled_sampling.target == "anchored":
+        anchored = anchored_target(
+            run.config.prediction_type, batch.x0, rolled.sample, alpha, sigma, target
+        )
+        target = torch.where(_rows(rolled.mask, target), anchored, target)
+
+    # Dropout draws from the global stream; set per step, it needs no place in a checkpoint.
+    torch.manual_seed(generator(run.config.seed, "dropout", step, run.rank).initial_seed())
+    run.network.train()
+    losses = []
+    micro_batches = torch.arange(len(batch.x0)).chunk(run.config.training.gradient_accumulation)
+    for number, rows in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)
+        sync = contextlib.nullcontext() if last else run.accelerator.no_sync(run.network)
+        with sync, run.meter.timed("training"):
+            loss = sample_losses(run, batch, rolled, target, rows)
+            run.accelerator.backward(loss.sum() / len(batch.x0))
+            losses.append(loss.detach())
+    per_sample = torch.cat(losses)
+    with run.meter.timed("training"):
+        grad_norm = _apply_gradient(run, per_sample)
+    bad = batch.sample_indices[~torch.isfinite(per_sample).cpu()]
+    return StepResult(
+        loss=float(per_sample.mean()),
+        grad_norm=grad_norm,
+        bad_samples=tuple(bad.tolist()),
+        rollout=rolled.metrics,
+    )
+
+
+def sample_losses(
+    run: Run, batch: Batch, rolled: RolledInputs, target: Tensor, rows: Tensor
+) -> Tensor:
+    """Loss per sample of a micro-batch, with gradient; counts 3 FE per sample.
+
+    Args:
+        run: this rank's run.
+        batch: the rank's samples.
+        rolled: network inputs, and the clean prediction where ReflexFlow needs it.
+        target: (b, C, H, W).
+        rows: (m,) the micro-batch's rows.
+
+    Returns:
+        (m,).
+    """
+    sample, settings = rolled.sample[rows], run.config.scheduled_sampling
+    timestep = run.schedule.model_time(batch.plan.target_u[rows]).to(sample)
+    with run.accelerator.autocast():
+        prediction = run.network(sample=sample, timestep=timestep, class_labels=batch.labels[rows])
+    run.meter.gradient(len(rows) * run.world_size)
+    if not (rolled.num_rolled and settings.reflexflow):
+        return plain_loss(prediction, target[rows])
+    return reflexflow_loss(
+        prediction,
+        target[rows],
+        sample,
+        batch.x0[rows],
+        None if rolled.clean_prediction is None else rolled.clean_prediction[rows],
+        alpha=settings.reflexflow_alpha,
+        beta1=settings.reflexflow_beta1,
+        beta2=settings.reflexflow_beta2,
+        norm=settings.reflexflow_norm,
+        rolled=rolled.mask[rows],
+    )
+
+
+def _apply_gradient(run: Run, per_sample: Tensor) -> float:
+    """Clip, step and average; nothing changes where the gradient is not finite."""
+    limit = run.config.optimizer.max_grad_norm
+    parameters = list(run.network.parameters())
+    norm = run.accelerator.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    grad_norm = float(norm)
+    scaled = getattr(run.accelerator, "scaler", None) is not None
+    finite = math.isfinite(grad_norm)
+    # fp16's loss scaling meets infinite gradients by design, skips the step and lowers the scale.
+    if finite or scaled:
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if finite:
+        run.ema.update(run.policy, run.config.training.batch_size)
+    return 0.0 if scaled and not finite and bool(torch.isfinite(per_sample).all()) else grad_norm
+
+
+def _rows(mask: Tensor, like: Tensor) -> Tensor:
+    """A (b,) mask, on the device of `like` and broadcastable against it."""
+    return mask.to(like.device).reshape(-1, *(1,) * (like.ndim - 1))
