@@ -32,8 +32,8 @@ def redact(text: str) -> str:
 
 
 def has_credentials(uri: str) -> bool:
-    """True if the URI carries something that must not be written down."""
-    return redact(uri) != uri
+    """True if the URI carries something that must not be written down, or did once."""
+    return redact(uri) != uri or "***" in uri
 
 
 def is_sqlite(uri: str) -> bool:
