@@ -1,22 +1,15 @@
-"""The driver's ears: what trials report goes into the journal, to the sampler and to the screen."""
+"""The driver's ears: trials' reports go into the journal, to the sampler and to the screen."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
-from ray.tune.stopper import Stopper
 
-from raysched.training.stop import request_stop
 from raysched.tuning.journal import Journal
 from raysched.tuning.proposals import Proposals
 from raysched.tuning.records import FORWARD_EQUIVALENTS, OBJECTIVE, Q_HIGH, Q_LOW, TrialRecord
-
-# While the sweep is stopping, the request is repeated: a run may open its folder after the first.
-REPEAT_S = 1.0
 
 
 class Monitor(Callback):  # type: ignore[misc]
@@ -26,7 +19,7 @@ class Monitor(Callback):  # type: ignore[misc]
         journal: the sweep's journal.
         proposals: told how a trial ended.
         show: called with a record after each event.
-        close_run: ends a trial's run in the tracking store whose process died.
+        close_run: ends a failed trial's run in the tracking store.
     """
 
     def __init__(
@@ -70,7 +63,6 @@ class Monitor(Callback):  # type: ignore[misc]
         number = trial.config["trial_number"]
         reason = str(trial.get_error() or "its process died").strip().splitlines()[-1]
         self._end(number, {"status": "failed", "error": reason})
-        self._close_run(self._journal.records[number])
 
     def _end(self, number: int, result: dict[str, Any]) -> None:
         record = self._journal.append(
@@ -87,51 +79,7 @@ class Monitor(Callback):  # type: ignore[misc]
         )
         if record.ended:
             self._proposals.tell(record)
+        if record.status == "failed":
+            # Its own process may have died before it could say so.
+            self._close_run(record)
         self._show("ended", record)
-
-
-class SweepStopper(Stopper):  # type: ignore[misc]
-    """Ends the sweep on request: every running trial saves its state and ends itself.
-
-    Args:
-        stop_file: made on request, so that no further training is begun.
-        folders: the folders of the runs that may be training now.
-        patience_s: after so long Tune ends what is still running (checkpoints stay).
-    """
-
-    def __init__(
-        self, stop_file: Path, folders: Callable[[], list[Path]], *, patience_s: float
-    ) -> None:
-        self._stop_file = stop_file
-        self._folders = folders
-        self._patience_s = patience_s
-        self._deadline = 0.0
-        self._next = 0.0
-        self.reason = ""
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the end was asked for."""
-        return bool(self.reason)
-
-    def request(self, reason: str) -> None:
-        """Ask for the end; safe in a signal handler."""
-        self.reason = self.reason or reason
-        self._deadline = self._deadline or time.monotonic() + self._patience_s
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Never ends a single trial."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Tune asks after every event; True only when patience has run out."""
-        now = time.monotonic()
-        if not self.stopping:
-            return False
-        if now >= self._next:
-            self._next = now + REPEAT_S
-            self._stop_file.touch()
-            for folder in self._folders():
-                if folder.is_dir():
-                    request_stop(folder, "stopped", self.reason)
-        return now >= self._deadline

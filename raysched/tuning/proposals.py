@@ -24,6 +24,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
+from raysched.config.fields import same
 from raysched.config.sweep import Dimension, SearchConfig
 from raysched.tuning.records import Point, TrialRecord
 
@@ -79,10 +80,8 @@ class Proposals:
 
     def ask_again(self, record: TrialRecord) -> None:
         """Register an unfinished trial of an earlier session under its number and settings."""
-        encoded = self._encode(record.assignments)
-        if encoded is not None and encoded.keys() == self._space.keys():
-            self.study.enqueue_trial(encoded)
-            self._asked[record.number] = self._ask_optuna()
+        self.study.enqueue_trial(self._encode(record.assignments))
+        self._asked[record.number] = self._ask_optuna()
 
     def tell(self, record: TrialRecord) -> None:
         """Tell the sampler how a trial ended; never raises on odd numbers."""
@@ -103,52 +102,34 @@ class Proposals:
     def _first_new(self, number: int, draws: int, point: dict[str, Any]) -> dict[str, Any] | None:
         """Draw what `point` leaves open until the settings are new and allowed."""
         for _ in range(draws):
-            encoded = self._encode(point)
-            if encoded:
-                self.study.enqueue_trial(encoded)
-            settings = self._draw(number, point if encoded is None else {})
+            if point:
+                self.study.enqueue_trial(self._encode(point))
+            settings = self._draw(number)
             if settings is not None:
                 return settings
         return None
 
-    def _draw(self, number: int, outside: dict[str, Any]) -> dict[str, Any] | None:
+    def _draw(self, number: int) -> dict[str, Any] | None:
         trial = self._ask_optuna()
         settings = {key: decode(dim, trial.params[key]) for key, dim in self._space.items()}
-        settings.update(outside)
         fingerprint = _fingerprint(settings)
         if fingerprint in self._seen or not self._allowed(settings):
             self.study.tell(trial, state=TrialState.FAIL)
             return None
         self._seen.add(fingerprint)
-        if outside:
-            # The sampler can't place a point that lies outside its space.
-            self.study.tell(trial, state=TrialState.FAIL)
-        else:
-            self._asked[number] = trial
+        self._asked[number] = trial
         return settings
 
-    def _encode(self, point: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Optuna's parameters of a point, None where it lies outside the space."""
-        encoded = {}
-        for key, value in point.items():
-            if key not in self._space:
-                return None
-            internal = encode(self._space[key], value)
-            if internal is None:
-                return None
-            encoded[key] = internal
-        return encoded
+    def _encode(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: encode(self._space[key], value) for key, value in point.items()}
 
     def _replay(self, record: TrialRecord) -> None:
-        encoded = self._encode(record.assignments)
-        if encoded is None or encoded.keys() != self._space.keys():
-            return
         state, value = self._outcome(record)
         intermediate = _intermediate(record.curve) if state is TrialState.PRUNED else {}
         frozen: FrozenTrial = optuna.trial.create_trial(
             state=state,
             value=value if state is TrialState.COMPLETE else None,
-            params=encoded,
+            params=self._encode(record.assignments),
             distributions=self._distributions,
             intermediate_values=intermediate,
         )
@@ -168,7 +149,7 @@ class Proposals:
     def _penalty(self) -> float | None:
         """Worse than everything seen by the range of what was seen; None before any value."""
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        seen = [trial.value for trial in done if trial.value is not None]
+        seen = [float(trial.value) for trial in done if trial.value is not None]
         if not seen:
             return None
         worst = max(seen)
@@ -194,22 +175,10 @@ def decode(dimension: Dimension, internal: Any) -> Any:
 
 
 def encode(dimension: Dimension, value: Any) -> Any:
-    """Optuna's parameter of a setting, None where the dimension doesn't contain it."""
+    """Optuna's parameter of a setting that the dimension contains."""
     if dimension.kind in ("choice", "grid"):
-        wanted = json.dumps(value)
-        listed = [json.dumps(candidate) for candidate in dimension.values]
-        return listed.index(wanted) if wanted in listed else None
-    low, high = dimension.values
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if dimension.kind == "randint":
-        return value if isinstance(value, int) and low <= value < high else None
-    return float(value) if low <= value <= high else None
-
-
-def grid_size(space: Mapping[str, Dimension]) -> int:
-    """How many points a grid search has."""
-    return math.prod(len(dimension.values) for dimension in space.values())
+        return next(n for n, listed in enumerate(dimension.values) if same(listed, value))
+    return value if dimension.kind == "randint" else float(value)
 
 
 def _grid(space: Mapping[str, Dimension]) -> list[dict[str, Any]]:

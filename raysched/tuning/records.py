@@ -75,6 +75,15 @@ class TrialRecord:
         """Whether nothing is left to run."""
         return self.status in ("finished", "pruned", "failed")
 
+    def as_trial(self) -> dict[str, Any]:
+        """What the trial's process is told."""
+        return {
+            "trial_number": self.number,
+            "baseline": self.baseline,
+            "assignments": self.assignments,
+            "tracking_id": self.tracking_id,
+        }
+
     def add_point(self, point: Point) -> None:
         """Add an evaluation; a resumed trial may repeat the last ones, which replaces them."""
         spent = point.forward_equivalents

@@ -84,7 +84,9 @@ class ComputeHalving(AsyncHyperBandScheduler):  # type: ignore[misc]
             self._prune(number, str(result.get("run_dir", "")), self._reason(spent, q))
         return str(TrialScheduler.CONTINUE)
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> None:
+    def on_trial_complete(
+        self, tune_controller: Any, trial: Any, result: Mapping[str, Any]
+    ) -> None:
         """Nothing: the last report repeats an evaluation that has been seen."""
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:

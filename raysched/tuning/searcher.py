@@ -58,12 +58,7 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         record = None if self._stopping() else self._next()
         if record is None:
             return str(Searcher.FINISHED)
-        return {
-            "trial_number": record.number,
-            "baseline": record.baseline,
-            "assignments": record.assignments,
-            "tracking_id": record.tracking_id,
-        }
+        return record.as_trial()
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

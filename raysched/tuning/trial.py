@@ -7,7 +7,9 @@ last report, so that a failure is a result and the sweep goes on.
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +17,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
+from raysched.config.loading import assign, baseline_config
 from raysched.config.run import BudgetConfig, RunConfig
 from raysched.errors import UserError
-from raysched.tuning.records import FORWARD_EQUIVALENTS, OBJECTIVE, Q, Q_HIGH, Q_LOW, trial_name
+from raysched.tuning.records import FORWARD_EQUIVALENTS, OBJECTIVE, Q_HIGH, Q_LOW, Q, trial_name
 
 if TYPE_CHECKING:
-    from raysched.tracking import StoreHandle
+    from raysched.tracking import MlflowTracker, StoreHandle
     from raysched.training.result import RunResult
 
 TrialReport = Callable[[dict[str, Any]], None]
+NOT_FINITE = re.compile(r"\b(nan|inf|not finite)\b", re.IGNORECASE)
 
 
 class Train(Protocol):
@@ -45,9 +49,7 @@ class TrialPlan:
     """What all trials of a sweep share; it is sent to the trial's process.
 
     Attributes:
-        base: the run that the settings change.
-        assign: base and settings -> the trial's run.
-        baseline: base -> the teacher-forced run.
+        raw: the base run as it was written, which the settings change.
         folder: the sweep's folder.
         budget: forward equivalents of every trial and seed.
         seeds: training seeds.
@@ -55,9 +57,7 @@ class TrialPlan:
         train: trains one run.
     """
 
-    base: RunConfig
-    assign: Callable[[RunConfig, Mapping[str, Any]], RunConfig]
-    baseline: Callable[[RunConfig], RunConfig]
+    raw: Mapping[str, Any]
     folder: Path
     budget: float
     seeds: tuple[int, ...]
@@ -82,9 +82,9 @@ class TrialPlan:
     def config(self, trial: Mapping[str, Any], seed: int) -> RunConfig:
         """The run of a trial: its settings, the common budget, a seed."""
         changed = (
-            self.baseline(self.base)
+            baseline_config(self.raw)
             if trial["baseline"]
-            else self.assign(self.base, trial["assignments"])
+            else assign(self.raw, trial["assignments"])
         )
         budget = BudgetConfig(forward_equivalents=self.budget)
         return changed.model_copy(
@@ -199,7 +199,7 @@ def _diverged(results: Sequence[RunResult]) -> bool:
     if last is None:
         return False
     odd = any(not math.isfinite(value) for value in last.metrics.values())
-    return odd or "not finite" in (last.error or "") or "NaN" in (last.error or "")
+    return odd or NOT_FINITE.search(last.error or "") is not None
 
 
 def train_run(
@@ -210,14 +210,20 @@ def train_run(
     tracking: tuple[StoreHandle, str] | None,
 ) -> RunResult:
     """Train one run by the launcher, tracked under the run that the driver made for it."""
-    import functools
-
     from raysched.distributed.launch import run_training
-    from raysched.tracking import MlflowTracker
     from raysched.training.run_folder import holds_run, open_run_folder
     from raysched.training.stop import clear_stop
 
     open_run_folder(config, run_dir, resume=holds_run(run_dir))
     clear_stop(run_dir)
-    make = functools.partial(MlflowTracker, *tracking, run_dir) if tracking else None
+    make = functools.partial(make_tracker, *tracking, run_dir) if tracking else None
     return run_training(config, run_dir=run_dir, report=report, make_tracker=make)
+
+
+def make_tracker(store: StoreHandle, run_id: str, run_dir: Path) -> MlflowTracker:
+    """Rank 0's tracker, made in its process; the config is recorded however the run will end."""
+    from raysched.tracking import MlflowTracker
+
+    tracker = MlflowTracker(store, run_id, run_dir)
+    tracker.log_artifact(run_dir / "config.yaml")
+    return tracker

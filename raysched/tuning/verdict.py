@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from raysched.tuning.display import settings_text
 from raysched.tuning.records import Answer, TrialRecord, Verdict
 
 
@@ -118,7 +119,7 @@ def _answer(comparison: Comparison, p_value: float) -> Answer:
 
 
 def _text(answer: Answer, candidate: TrialRecord, comparison: Comparison, metric: str) -> str:
-    name = f"trial {candidate.name} ({describe(candidate)})"
+    name = f"trial {candidate.name} ({settings_text(candidate)})"
     low, high = comparison.low, comparison.high
     if answer == "rollouts_pay":
         return (
@@ -150,16 +151,3 @@ def _corrected(comparisons: Sequence[Comparison]) -> str:
     if len(comparisons) == 1:
         return ""
     return f"; Holm's correction over {len(comparisons)} candidates"
-
-
-def describe(trial: TrialRecord) -> str:
-    """The settings in short: last parts of the dotted keys with their values."""
-    if trial.baseline:
-        return "teacher forcing"
-    return ", ".join(
-        f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in trial.assignments.items()
-    )
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

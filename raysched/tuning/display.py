@@ -1,0 +1,160 @@
+"""What a sweep shows while it runs: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from raysched.tuning.records import TrialRecord
+
+STATUS_WORDS = {
+    "waiting": "waiting",
+    "running": "running",
+    "finished": "finished",
+    "pruned": "stopped early",
+    "failed": "failed",
+    "stopped": "stopped, resumable",
+}
+STATUS_STYLES = {"finished": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
+
+
+class Progress:
+    """Shows the trials; a context manager, so that the terminal is always given back.
+
+    Args:
+        console: where to show.
+        budget: forward equivalents of a trial.
+        records: the trials as they are now.
+    """
+
+    def __init__(
+        self, console: Console, *, budget: float, records: Callable[[], list[TrialRecord]]
+    ) -> None:
+        self._console = console
+        self._budget = budget
+        self._records = records
+        self._live: Live | None = None
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._live = Live(
+                console=self._console,
+                get_renderable=lambda: trial_table(self._records(), budget=self._budget),
+                refresh_per_second=2,
+                redirect_stdout=False,
+                redirect_stderr=False,
+                transient=True,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def show(self, event: str, record: TrialRecord) -> None:
+        """Show an event: started, report or ended."""
+        if self._live is None:
+            line = progress_line(event, record, self._budget)
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def progress_line(event: str, record: TrialRecord, budget: float) -> str:
+    """One plain line for an event."""
+    head = f"trial {record.name}"
+    if event == "started":
+        settings = settings_text(record)
+        return f"{head} started: {settings}"
+    quality = quality_text(record)
+    share = f"{100 * record.forward_equivalents / budget:.0f} % of the budget"
+    if event == "report":
+        return f"{head}: {share}, q {quality}"
+    line = f"{head} {STATUS_WORDS[record.status]}: q {quality} at {share}"
+    return f"{line} ({record.error})" if record.error else line
+
+
+def trial_table(
+    records: Sequence[TrialRecord], *, budget: float, winner: int | None = None
+) -> Table:
+    """The trials as a table: settings, quality with its interval, compute, status.
+
+    Args:
+        records: the trials.
+        budget: forward equivalents of a trial.
+        winner: number of the trial to mark.
+    """
+    keys = swept_keys(records)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("trial", no_wrap=True)
+    for key in keys:
+        table.add_column(key.rsplit(".", 1)[-1], justify="right", overflow="fold")
+    table.add_column("q [interval]", justify="right", no_wrap=True)
+    table.add_column("compute, FE", justify="right", no_wrap=True)
+    table.add_column("status", overflow="fold")
+    for record in records:
+        spent = record.forward_equivalents
+        share = f"{spent:,.0f} ({100 * spent / budget:.0f} %)" if spent else "–"
+        mark = " *" if record.number == winner else ""
+        table.add_row(
+            record.name + mark,
+            *(settings_cell(record, key) for key in keys),
+            quality_text(record),
+            share,
+            STATUS_WORDS[record.status],
+            style=STATUS_STYLES.get(record.status) if winner is None else None,
+        )
+    return table
+
+
+def swept_keys(records: Iterable[TrialRecord]) -> list[str]:
+    """Dotted keys that any trial changes, in order of appearance."""
+    keys: dict[str, None] = {}
+    for record in records:
+        keys.update(dict.fromkeys(record.assignments))
+    return list(keys)
+
+
+def settings_cell(record: TrialRecord, key: str) -> str:
+    """A setting for a table's cell; a dash where the trial leaves it to the base run."""
+    return value_text(record.assignments[key]) if key in record.assignments else "–"
+
+
+def settings_text(record: TrialRecord) -> str:
+    """The settings in short: the last parts of the dotted keys with their values."""
+    if record.baseline:
+        return "teacher forcing"
+    pairs = record.assignments.items()
+    return ", ".join(f"{key.rsplit('.', 1)[-1]}={value_text(value)}" for key, value in pairs)
+
+
+def value_text(value: object) -> str:
+    """A setting's value: three digits are enough to tell trials apart."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def quality_text(record: TrialRecord) -> str:
+    """q with its interval."""
+    if record.q is None:
+        return "–"
+    text = number_text(record.q)
+    if record.q_low is None or record.q_high is None or not math.isfinite(record.q):
+        return text
+    return f"{text} [{number_text(record.q_low)}, {number_text(record.q_high)}]"
+
+
+def number_text(value: float) -> str:
+    """A quality with three significant digits."""
+    return f"{value:.3g}"

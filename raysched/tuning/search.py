@@ -1,0 +1,194 @@
+"""The search: Ray Tune runs the trials that the searcher proposes and the scheduler prunes."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from raysched.config.loading import assign
+from raysched.config.run import RunConfig
+from raysched.config.space import LoadedSweep
+from raysched.errors import ConfigError
+from raysched.training.stop import request_stop
+from raysched.tuning.display import Progress
+from raysched.tuning.journal import Journal
+from raysched.tuning.store import SweepStore
+from raysched.tuning.trial import TrialPlan, run_trial
+
+# A stopping trial saves a checkpoint after its current step or evaluation.
+PATIENCE_S = 120.0
+
+
+def remaining_trials(loaded: LoadedSweep, journal: Journal) -> int:
+    """How many trials a session has to run at most."""
+    records = journal.records.values()
+    unfinished = sum(not record.ended for record in records)
+    candidates = sum(not record.baseline for record in records)
+    new = max(0, loaded.sweep.search.num_samples - candidates)
+    return unfinished + new + (0 not in journal.records)
+
+
+def max_concurrent(config: RunConfig, cpus: float, gpus: float, limit: int | None) -> int:
+    """Trials at once: as many as the cluster carries, at most `limit`.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    scaling = config.scaling
+    workers = max(1, scaling.num_workers)
+    need = workers * scaling.cpus_per_worker
+    if need > cpus:
+        raise ConfigError(
+            f"scaling: each trial needs {need} CPUs, the cluster has {cpus:g}: lower "
+            "scaling.num_workers or scaling.cpus_per_worker"
+        )
+    fit = int(cpus // need)
+    if scaling.use_gpu:
+        if workers > gpus:
+            raise ConfigError(
+                f"scaling: each trial needs {workers} GPUs, the cluster has {gpus:g}: lower "
+                "scaling.num_workers or set scaling.use_gpu to false"
+            )
+        fit = min(fit, int(gpus // workers))
+    return min(fit, limit) if limit else fit
+
+
+def trial_resources(config: RunConfig) -> dict[str, float]:
+    """What Tune reserves for a trial's own process.
+
+    With workers, these have a placement group of their own; a CPU for their driver as well would
+    let two trials wait for each other for ever.
+    """
+    if config.scaling.num_workers >= 1:
+        return {"CPU": 0, "node:__internal_head__": 0.001}
+    gpu = {"GPU": 1.0} if config.scaling.use_gpu else {}
+    return {"CPU": config.scaling.cpus_per_worker, **gpu}
+
+
+def search(
+    loaded: LoadedSweep,
+    journal: Journal,
+    plan: TrialPlan,
+    store: SweepStore | None,
+    console: Console,
+) -> bool:
+    """Run what is left to run; True if the sweep was asked to stop."""
+    num_trials = remaining_trials(loaded, journal)
+    if not num_trials:
+        return False
+    from raysched.distributed.runtime import ensure_ray
+
+    ray = ensure_ray()
+    from raysched.tuning.monitor import Monitor
+    from raysched.tuning.searcher import TrialSearcher
+    from raysched.tuning.stopping import SweepStopper, stop_on_signals
+
+    cluster = ray.cluster_resources()
+    concurrent = max_concurrent(
+        loaded.base.config,
+        cluster.get("CPU", 0.0),
+        cluster.get("GPU", 0.0),
+        loaded.sweep.search.max_concurrent,
+    )
+    stopper = SweepStopper(
+        plan.stop_file, functools.partial(_live_folders, journal, plan), patience_s=PATIENCE_S
+    )
+    searcher = TrialSearcher(
+        loaded.sweep,
+        journal,
+        folder=plan.folder / "trials",
+        allowed=functools.partial(_allowed, plan),
+        open_run=functools.partial(store.open_run, plan=plan) if store else lambda _: "",
+        stopping=lambda: stopper.stopping,
+    )
+    with Progress(console, budget=plan.budget, records=journal.ordered) as progress:
+        monitor = Monitor(
+            journal,
+            searcher.proposals,
+            show=progress.show,
+            close_run=store.close_run if store else lambda _: None,
+        )
+        scheduler = _scheduler(loaded, journal, plan)
+        with stop_on_signals(stopper):
+            _tune(loaded, plan, searcher, scheduler, monitor, stopper, num_trials, concurrent)
+    return stopper.stopping
+
+
+def _tune(
+    loaded: LoadedSweep,
+    plan: TrialPlan,
+    searcher: Any,
+    scheduler: Any,
+    monitor: Any,
+    stopper: Any,
+    num_trials: int,
+    concurrent: int,
+) -> None:
+    from ray import tune
+
+    def trial(config: dict[str, Any]) -> None:
+        run_trial(config, plan)
+
+    # Nothing that Tune writes is needed later: the journal and the trials' folders are.
+    name = f".ray-{uuid.uuid4().hex[:8]}"
+    tuner = tune.Tuner(
+        tune.with_resources(trial, trial_resources(loaded.base.config)),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=num_trials,
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(plan.folder),
+            stop=stopper,
+            verbose=0,
+            callbacks=[monitor],
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        shutil.rmtree(plan.folder / name, ignore_errors=True)
+
+
+def _scheduler(loaded: LoadedSweep, journal: Journal, plan: TrialPlan) -> Any:
+    from ray.tune.schedulers import FIFOScheduler
+
+    from raysched.tuning.scheduler import ComputeHalving
+
+    early = loaded.sweep.early_stopping
+    if early.kind == "none":
+        return FIFOScheduler()
+
+    def prune(number: int, run_dir: str, reason: str) -> None:
+        journal.append("pruning", number, reason=reason)
+        request_stop(Path(run_dir), "pruned", reason)
+
+    scheduler = ComputeHalving(early, budget=plan.budget, prune=prune)
+    scheduler.replay(journal.ordered())
+    return scheduler
+
+
+def _allowed(plan: TrialPlan, settings: dict[str, Any]) -> bool:
+    try:
+        assign(plan.raw, settings)
+    except ConfigError:
+        return False
+    return True
+
+
+def _live_folders(journal: Journal, plan: TrialPlan) -> list[Path]:
+    return [
+        folder
+        for record in journal.ordered()
+        if record.status == "running"
+        for folder in plan.run_dirs(record.as_trial())
+    ]

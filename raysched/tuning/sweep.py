@@ -1,0 +1,141 @@
+"""A sweep from its first trial to its verdict.
+
+The driver proposes, prunes, journals and compares; trials train in processes that Ray places. What
+the journal holds survives a kill of the driver, and `--resume` goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from rich.console import Console
+
+from raysched.config.loading import write_yaml
+from raysched.config.run import RunConfig
+from raysched.config.space import LoadedSweep
+from raysched.training.files import storage_errors, write_json
+from raysched.tuning.compare import compare_with_baseline
+from raysched.tuning.folder import open_sweep_folder, sweep_folder
+from raysched.tuning.journal import Journal
+from raysched.tuning.records import SweepResult, TrialRecord
+from raysched.tuning.search import remaining_trials, search
+from raysched.tuning.store import open_store
+from raysched.tuning.trial import Train, TrialPlan, train_run
+from raysched.tuning.verdict import Comparison, best, decide, eligible
+
+RESULT_FILE = "result.json"
+
+ReportWriter = Callable[[SweepResult, RunConfig], dict[str, str]]
+
+
+class Compare(Protocol):
+    """Compares candidates with the baseline on what their runs saved."""
+
+    def __call__(
+        self,
+        baseline: TrialRecord,
+        candidates: Sequence[TrialRecord],
+        *,
+        config: RunConfig,
+        seeds: int,
+    ) -> list[Comparison]:
+        """One comparison per candidate."""
+
+
+def run_sweep(
+    loaded: LoadedSweep,
+    *,
+    resume: bool,
+    console: Console,
+    write_report: ReportWriter | None = None,
+    train: Train = train_run,
+    compare: Compare = compare_with_baseline,
+) -> SweepResult:
+    """Search, then say whether rollouts pay.
+
+    Args:
+        loaded: the checked sweep.
+        resume: go on with a sweep that its folder holds.
+        console: where progress is shown.
+        write_report: writes tables and figures into the sweep's folder, returns name -> path.
+        train: trains one run.
+        compare: compares candidates with the baseline.
+
+    Returns:
+        The result; `exit_code` 0, 1 if the baseline failed, 75 if it was stopped and can go on.
+
+    Raises:
+        StorageError: the folder can't be used as asked.
+        ConfigError: a resumed sweep was asked something else, or trials don't fit the cluster.
+    """
+    sweep, base = loaded.sweep, loaded.base.config
+    folder = sweep_folder(sweep, resume=resume)
+    with open_sweep_folder(folder, sweep, base):
+        journal = Journal(folder)
+        store = open_store(loaded, folder, budget=loaded.budget)
+        plan = TrialPlan(
+            raw=loaded.base.raw,
+            folder=folder,
+            budget=loaded.budget,
+            seeds=sweep.seeds,
+            store=store.handle if store else None,
+            train=train,
+        )
+        interrupted = search(loaded, journal, plan, store, console)
+        result = _conclude(loaded, journal, plan, compare, stopped=interrupted)
+        if write_report is not None and result.status != "stopped":
+            files = {**result.files, **write_report(result, base)}
+            result = dataclasses.replace(result, files=files)
+        if store is not None:
+            store.finish(result)
+            files = {**result.files, "mlflow_ui": store.ui_command()}
+            result = dataclasses.replace(result, files=files)
+        with storage_errors(folder, "writing the sweep's result"):
+            write_json(folder / RESULT_FILE, result.as_json())
+    return result
+
+
+def _conclude(
+    loaded: LoadedSweep, journal: Journal, plan: TrialPlan, compare: Compare, *, stopped: bool
+) -> SweepResult:
+    trials = journal.ordered()
+    result = SweepResult(
+        plan.folder.name, "stopped", plan.folder, trials, budget=plan.budget, files=_files(plan)
+    )
+    unfinished = [trial for trial in trials if not trial.ended]
+    if stopped and (unfinished or remaining_trials(loaded, journal)):
+        return result
+    baseline = result.baseline
+    if baseline is None or baseline.status != "finished":
+        reason = (baseline.error if baseline else None) or "it did not reach its budget"
+        return dataclasses.replace(result, status="failed", error=f"the baseline failed: {reason}")
+    if baseline.q is None or not math.isfinite(baseline.q):
+        return dataclasses.replace(
+            result, status="failed", error="the baseline failed: its quality is not a number"
+        )
+    candidates = [trial for trial in eligible(trials) if not trial.baseline]
+    config, seeds = loaded.base.config, len(plan.seeds)
+    comparisons = compare(baseline, candidates, config=config, seeds=seeds)
+    verdict = decide(trials, comparisons, num_seeds=seeds, metric=config.evaluation.metric)
+    winner = best(trials) or baseline
+    files = {**result.files, **_winner_files(plan, winner)}
+    return dataclasses.replace(
+        result, status="finished", winner=winner, verdict=verdict, files=files
+    )
+
+
+def _files(plan: TrialPlan) -> dict[str, str]:
+    return {
+        "sweep_config": str(plan.folder / "sweep.yaml"),
+        "journal": str(plan.folder / "trials.jsonl"),
+    }
+
+
+def _winner_files(plan: TrialPlan, winner: TrialRecord) -> dict[str, str]:
+    path = plan.folder / "winner.yaml"
+    with storage_errors(plan.folder, "writing the winner's config"):
+        write_yaml(plan.config(winner.as_trial(), plan.seeds[0]), path)
+    return {"winner_config": str(path), "winner_run": winner.run_dir}
