@@ -16,24 +16,26 @@ import torch
 from torch import Tensor
 
 Terms = dict[tuple[str, str], Tensor]
-_SERIES_TERMS = 20
+_SERIES_TERMS = 14
 
 
 def phi_functions(z: Tensor, count: int) -> list[Tensor]:
-    """phi_1(z)…phi_count(z), phi_k(z) = sum over j of z^j/(j + k)!; z <= 0 may be -inf."""
-    small = z.abs() < 1
+    """phi_1(z)…phi_count(z), phi_k(z) = sum over j of z^j/(j + k)!; z <= 0 may be -inf.
+
+    Near 0 the last one is summed as a series and the others follow by phi_k = 1/k! + z phi_{k+1};
+    far from 0 the first is (e^z - 1)/z and the others follow the opposite way.
+    """
+    small = z.abs() < 0.5
     near = torch.where(small, z, torch.zeros_like(z))
     far = torch.where(small, torch.full_like(z, -1.0), z)
-    values: list[Tensor] = []
-    previous = torch.expm1(far) / far
-    for k in range(1, count + 1):
-        series = torch.zeros_like(z)
-        for j in reversed(range(_SERIES_TERMS)):
-            series = series * near + 1 / math.factorial(j + k)
-        if k > 1:
-            previous = (previous - 1 / math.factorial(k - 1)) / far
-        values.append(torch.where(small, series, previous))
-    return values
+    series = [torch.full_like(z, 1 / math.factorial(_SERIES_TERMS + count))]
+    for j in reversed(range(_SERIES_TERMS)):
+        series[0] = torch.addcmul(near.new_tensor(1 / math.factorial(j + count)), series[0], near)
+    values = [torch.expm1(far) / far]
+    for k in range(1, count):
+        values.append((values[-1] - 1 / math.factorial(k)) / far)
+        series.insert(0, 1 / math.factorial(count - k) + near * series[0])
+    return [torch.where(small, s, v) for s, v in zip(series, values, strict=True)]
 
 
 def _shifted(values: Tensor, places: int, fill: float) -> Tensor:

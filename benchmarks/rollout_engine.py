@@ -1,0 +1,208 @@
+"""How far the rollout engine is from the limit, and from a loop over samples.
+
+The limit is the same number of sample-forwards in full batches of the micro-batch's size. Three
+things are measured in turn within one process, and medians of the paired ratios reported:
+
+  engine           planning, solver tables and rollout of one optimizer step (p = 1)
+  full batches     as many sample-forwards, nothing else
+  one-sample loop  one sample at a time, one forward per step; timed on a few samples and scaled
+
+`overhead_share` is the engine's time with a network that costs nothing over its time with the
+real one; `overhead_share_of_step` divides by the whole training step instead.
+
+    python benchmarks/rollout_engine.py --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysched.config.run import RunConfig
+from raysched.diffusion.curriculum import RolloutPlan, draw_plan
+from raysched.diffusion.parameterization import add_noise
+from raysched.diffusion.randomness import uniforms
+from raysched.diffusion.rollout import LaneNetwork, plan_calls, rollout
+from raysched.diffusion.schedules import NoiseSchedule
+from raysched.models.networks import build_network
+
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "demo_unet_8x8": ({}, 8),
+    "dit_64x4_8x8": ({"kind": "dit"}, 8),
+    "unet_0.7M_16x16": ({"block_out_channels": (32, 64), "layers_per_block": 1}, 16),
+}
+LOOP_FORWARDS = 40
+
+
+class Job:
+    """One optimizer step's rollouts of a model, ready to be timed."""
+
+    def __init__(self, model: str, options: argparse.Namespace, accumulation: int) -> None:
+        config, self.size = MODELS[model]
+        rollouts = {
+            "max_step_offset": options.max_step_offset,
+            "probability": 1.0,
+            "sampler": options.sampler,
+        }
+        self.config = RunConfig.model_validate({"model": config, "scheduled_sampling": rollouts})
+        self.schedule = NoiseSchedule.from_config(self.config.noise_schedule)
+        self.batch, self.accumulation = options.batch, accumulation
+        self.network = build_network(self.config.model, 1, self.size, 10)
+        count = self.batch * accumulation
+        self.indices = torch.arange(count)
+        self.target_u = self.schedule.training_u(uniforms(0, "t", 0, self.indices)[:, 0])
+        self.x0, self.eps = torch.randn(2, count, 1, self.size, self.size)
+        self.labels = torch.arange(count) % 10
+        self.plan = self._draw(0)
+        self.num_forwards = int(self.plan.num_steps.sum())
+
+    def _draw(self, step: int) -> RolloutPlan:
+        return draw_plan(self.config, self.schedule, self.target_u, 0, step, self.indices)
+
+    def call(self, *, sample: Tensor, timestep: Tensor, lanes: Tensor) -> Tensor:
+        """The network as the engine calls it."""
+        out: Tensor = self.network(
+            sample=sample, timestep=timestep, class_labels=self.labels[lanes]
+        )
+        return out
+
+    def engine(self, network: LaneNetwork) -> None:
+        """Everything that a training step pays for its rollouts."""
+        plan = self._draw(0)
+        calls = plan_calls(
+            plan,
+            self.schedule,
+            solver=self.config.scheduled_sampling.sampler,
+            prediction_type=self.config.prediction_type,
+            capacity=self.batch,
+        )
+        source = add_noise(self.x0, self.eps, *self.schedule.alpha_sigma(plan.source_u))
+        result = rollout(network, source, calls)
+        assert result.num_forwards == self.num_forwards
+
+    @torch.no_grad()
+    def full_batches(self) -> None:
+        """The same number of sample-forwards, at the limit."""
+        left = self.num_forwards
+        while left > 0:
+            rows = slice(0, min(left, self.batch))
+            times = 1000 * self.target_u[rows].float()
+            self.network(sample=self.x0[rows], timestep=times, class_labels=self.labels[rows])
+            left -= self.batch
+
+    @torch.no_grad()
+    def one_sample_loop(self) -> float:
+        """Seconds for all forwards one sample at a time, scaled up from a few samples."""
+        done, start = 0, time.perf_counter()
+        for i in range(self.x0.shape[0]):
+            x, label = self.x0[i : i + 1].clone(), self.labels[i : i + 1]
+            for j in range(int(self.plan.num_steps[i])):
+                t = self.plan.nodes_u[i, j : j + 2].float()
+                v = self.network(sample=x, timestep=1000 * t[:1], class_labels=label)
+                x = x + (t[1] - t[0]) * v
+                done += 1
+            if done >= LOOP_FORWARDS:
+                break
+        return (time.perf_counter() - start) * self.num_forwards / done
+
+    def gradient_step(self) -> None:
+        """Forward and backward of all micro-batches, without the optimizer."""
+        for part in torch.split(self.indices, self.batch):
+            times = 1000 * self.target_u[part].float()
+            out = self.network(
+                sample=self.x0[part], timestep=times, class_labels=self.labels[part]
+            )
+            (out - self.eps[part]).square().mean().backward()
+        self.network.zero_grad(set_to_none=True)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def free_network(*, sample: Tensor, timestep: Tensor, lanes: Tensor) -> Tensor:
+    """A network that costs nothing."""
+    return sample
+
+
+def measure(model: str, options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
+    """One row: medians over paired repeats."""
+    torch.manual_seed(0)
+    job = Job(model, options, accumulation)
+    job.network.eval()
+    over_limit, loop_over_engine, loop_over_limit, share, share_of_step = ([] for _ in range(5))
+    for repeat in range(options.repeats + 1):
+        limit = seconds(job.full_batches)
+        engine = seconds(lambda: job.engine(job.call))
+        free = seconds(lambda: job.engine(free_network))
+        limit = 0.5 * (limit + seconds(job.full_batches))
+        if repeat == 0:
+            loop = job.one_sample_loop()
+            continue
+        if repeat % 3 == 1:
+            loop = job.one_sample_loop()
+        step = seconds(job.gradient_step)
+        over_limit.append(engine / limit)
+        loop_over_engine.append(loop / engine)
+        loop_over_limit.append(loop / limit)
+        share.append(free / engine)
+        share_of_step.append(free / (engine + step))
+    return {
+        "model": model,
+        "parameters": sum(p.numel() for p in nn.Module.parameters(job.network)),
+        "batch": options.batch,
+        "max_step_offset": options.max_step_offset,
+        "accumulation": accumulation,
+        "sampler": options.sampler,
+        "num_forwards": job.num_forwards,
+        "over_full_batches": round(statistics.median(over_limit), 4),
+        "one_sample_loop_over_engine": round(statistics.median(loop_over_engine), 3),
+        "one_sample_loop_over_full_batches": round(statistics.median(loop_over_limit), 3),
+        "overhead_share": round(statistics.median(share), 4),
+        "overhead_share_of_step": round(statistics.median(share_of_step), 4),
+    }
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object only")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--batch", type=int, default=64, help="samples per micro-batch")
+    parser.add_argument("--max-step-offset", type=int, default=10)
+    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--sampler", default="unipc", choices=["unipc", "euler", "dpm"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--torch-threads", type=int, default=None)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure every model and accumulation, then print."""
+    options = parse()
+    if options.torch_threads is not None:
+        torch.set_num_threads(options.torch_threads)
+    rows = [measure(m, options, a) for m in options.models for a in options.accumulation]
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    if options.json:
+        print(json.dumps({"rows": rows, **machine, "machine": platform.processor()}))
+        return
+    shown = [key for key in rows[0] if key not in ("sampler", "batch", "max_step_offset")]
+    print("  ".join(shown))
+    for row in rows:
+        print("  ".join(str(row[key]).rjust(len(key)) for key in shown))
+
+
+if __name__ == "__main__":
+    main()
