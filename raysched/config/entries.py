@@ -52,7 +52,8 @@ class Finding:
     @property
     def line(self) -> str:
         """The one line that the user sees."""
-        return ": ".join(part for part in (self.place, self.path, self.text) if part)
+        line = ": ".join(part for part in (self.place, self.path, self.text) if part)
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def raise_findings(findings: Iterable[Finding]) -> None:

@@ -165,6 +165,7 @@ def _fits(schema: dict[str, Any], value: Any) -> bool:
         pattern = schema.get("pattern", "")
         return (
             isinstance(value, str)
+            and _writable(value)
             and len(value) >= schema.get("minLength", 0)
             and re.search(pattern.replace("$", r"\Z"), value) is not None
         )
@@ -176,6 +177,11 @@ def _fits(schema: dict[str, Any], value: Any) -> bool:
         )
     types: dict[str, type] = {"boolean": bool, "null": type(None), "object": dict}
     return kind is None or isinstance(value, types[str(kind)])
+
+
+def _writable(text: str) -> bool:
+    """Whether file systems and databases take a text."""
+    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def is_number(value: Any, *, whole: bool = False) -> bool:
@@ -223,7 +229,8 @@ def _describe(schema: dict[str, Any]) -> str:
         return str(schema["const"])
     kind = schema.get("type")
     if kind == "array":
-        return "a list of " + _plural(schema.get("items", {})) + ", at least one"
+        least = ", at least one" if schema.get("minItems") else ""
+        return "a list of " + _plural(schema.get("items", {})) + least
     if kind == "string" and schema.get("pattern"):
         return NAME_WORDS
     if kind == "string" and schema.get("minLength"):
@@ -249,6 +256,7 @@ def mistake(schema: dict[str, Any], value: Any) -> str:
         return f"must be {rule}, got {show(value)}"
     choices = [str(v) for o in options for v in o.get("enum", [o.get("const", "")])]
     near = closest(value, choices) if isinstance(value, str) else None
-    return f"must be {describe(schema)}, got {show(value)}" + (
-        f"; did you mean {near}?" if near else ""
-    )
+    words = describe(schema)
+    if isinstance(value, float) and not math.isfinite(value):
+        words = words.replace("a number", "a finite number")
+    return f"must be {words}, got {show(value)}" + (f"; did you mean {near}?" if near else "")

@@ -90,7 +90,7 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except _ODD_VALUE as error:
-        raise ValueError(f"a value can't be read ({error})") from None
+        raise ValueError(f"a value doesn't fit its explicit tag ({error})") from None
 
 
 def _parse_json(text: str) -> Any:
@@ -139,11 +139,11 @@ def read_mapping(path: Path, source: str) -> dict[Any, Any]:
     text = _read_text(path, source)
     kind, parse = PARSERS[path.suffix.lower()]
     try:
-        value = parse(text)
+        value = parse(text) if text.strip() else None
     except ValueError as error:
         detail = " ".join(str(error).split())
         raise ConfigError(f"{source}: not valid {kind}: {detail}") from None
-    if value is None or not text.strip():
+    if value is None:
         raise ConfigError(
             f"{source}: the file is empty; write at least one setting, such as 'seed: 0'"
         )

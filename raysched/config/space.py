@@ -1,0 +1,253 @@
+"""A sweep from its file and the command line, with the base run that it searches around."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from raysched.config.dimensions import read_points, read_space
+from raysched.config.entries import (
+    COMMAND_LINE,
+    Entries,
+    Entry,
+    Finding,
+    check_values,
+    flatten,
+    nested,
+    raise_findings,
+    unknown_key,
+)
+from raysched.config.fields import RUN, SWEEP, show
+from raysched.config.loading import (
+    DEFAULTS,
+    Loaded,
+    Written,
+    assign,
+    baseline_config,
+    examine,
+    read_entries,
+)
+from raysched.config.overrides import (
+    BUDGET_UNITS,
+    Token,
+    merge,
+    parse_value,
+    resolve_tokens,
+    split_tokens,
+)
+from raysched.config.parsing import parse_yaml, read_mapping
+from raysched.config.run import RunConfig
+from raysched.config.sweep import Dimension, SweepConfig
+from raysched.config.sweep_rules import sweep_budget, sweep_warnings
+from raysched.errors import ConfigError
+
+__all__ = ["LoadedSweep", "assign", "baseline_config", "load_sweep", "sweep_budget"]
+
+FREE_FORM = ("space", "overrides")
+BUDGET = "budget_forward_equivalents"
+
+
+@dataclass(frozen=True)
+class LoadedSweep:
+    """A checked sweep.
+
+    Args:
+        sweep: the sweep, its space by dotted keys.
+        base: the base run with the sweep's and the command line's overrides.
+        source: the space's file.
+        warnings: one line each.
+    """
+
+    sweep: SweepConfig
+    base: Loaded
+    source: str
+    warnings: list[str]
+
+    @property
+    def budget(self) -> float:
+        """F in forward equivalents."""
+        return sweep_budget(self.sweep, self.base)
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:
+    """Load and check a sweep and its base run, before anything is started.
+
+    Args:
+        path: the space's file.
+        overrides: tokens of the command line; keys of the sweep go there, all others to the base.
+
+    Raises:
+        ConfigError: all mistakes at once.
+    """
+    source = str(path)
+    mapping = read_mapping(Path(path), source)
+    if "space" not in mapping and not any(k in SWEEP.leaves for k in mapping if k != "name"):
+        raise ConfigError(f"{source}: is no sweep: it has no space; a run goes to raysched train")
+    entries, findings = flatten(mapping, SWEEP, source)
+    for_sweep, for_base, wrong = _split(overrides)
+    findings += wrong
+    given, wrong = _sweep_entries(for_sweep, entries)
+    findings += wrong
+    base_given, wrong = resolve_tokens(for_base)
+    findings += wrong
+    entries = _with_budget({**entries, **given}, base_given, given, findings)
+    points = entries.get("search.points")
+    listed = points is not None and isinstance(points.value, list)
+    # Points are checked one by one, against the space.
+    checked = {p: e for p, e in entries.items() if p != "search.points" or not listed}
+    findings += check_values(checked, SWEEP)
+
+    written, base_overrides, wrong = _base(entries, Path(path), source)
+    findings += wrong
+    merged, budgets = merge(written.entries, base_overrides)
+    merged, more = merge(merged, base_given)
+    config, mistakes = examine(merged)
+    findings += [*written.findings, *budgets, *more, *mistakes]
+    usable = {p: e for p, e in merged.items() if not any(p in m.involved for m in mistakes)}
+    sweep, wrong = _sweep(entries, source, usable)
+    findings += wrong
+    raise_findings([*findings, *_budget_mistake(sweep, config, source)])
+    assert sweep is not None, "a sweep without findings is valid"
+    base = Loaded(config, [], nested(merged), written.source)
+    return LoadedSweep(sweep, base, source, sweep_warnings(sweep, config, merged, written, source))
+
+
+def _split(overrides: Sequence[str]) -> tuple[list[Token], list[Token], list[Finding]]:
+    """The command line's tokens for the sweep, those for the base run, and the mistakes."""
+
+    def is_key(key: str) -> bool:
+        return key in SWEEP.leaves or RUN.resolve(key) in RUN.leaves or _is_sweep_key(key)
+
+    tokens, findings = split_tokens(overrides, is_key)
+    last = {path.rpartition(".")[2] for path in SWEEP.leaves}
+    for_sweep = [
+        t
+        for t in tokens
+        # The last part: an unknown key that names a setting of the sweep gets the better hint.
+        if _is_sweep_key(t.key) or (t.key in last and RUN.resolve(t.key) not in RUN.leaves)
+    ]
+    return for_sweep, [t for t in tokens if t not in for_sweep], findings
+
+
+def _is_sweep_key(key: str) -> bool:
+    return key.partition(".")[0] in SweepConfig.model_fields or key == "training.output_dir"
+
+
+def _sweep_entries(tokens: Sequence[Token], file: Entries) -> tuple[Entries, list[Finding]]:
+    """The sweep's own overrides; `space.KEY=…` and `overrides.KEY=…` replace one key there."""
+    plain: list[Token] = []
+    free: Entries = {}
+    findings: list[Finding] = []
+    for token in tokens:
+        head, _, key = token.key.partition(".")
+        if token.key == "training.output_dir":
+            plain.append(Token("output_dir", token.text, token.dashed))
+        elif head in FREE_FORM and key:
+            current = free.get(head, file.get(head, Entry({}, COMMAND_LINE))).value
+            current = dict(current) if isinstance(current, Mapping) else {}
+            try:
+                path = RUN.resolve(key)
+                schema = RUN.leaves.get(path, {}) if head == "overrides" else {}
+                current = {k: v for k, v in current.items() if RUN.resolve(str(k)) != path}
+                value = parse_value(token.text or "", schema) if schema else None
+                current[path] = value if schema else parse_yaml(token.text or "")
+            except ValueError as error:
+                findings.append(Finding(COMMAND_LINE, token.key, f"can't be read: {error}"))
+            free[head] = Entry(current, COMMAND_LINE)
+        else:
+            plain.append(token)
+    entries, wrong = resolve_tokens(plain, SWEEP)
+    if "base" in entries and isinstance(entries["base"].value, str):
+        absolute = str(Path(entries["base"].value).absolute())
+        entries["base"] = Entry(absolute, COMMAND_LINE)
+    return {**entries, **free}, [*findings, *wrong]
+
+
+def _with_budget(
+    entries: Entries, base_given: Entries, given: Entries, findings: list[Finding]
+) -> Entries:
+    """Let a `training.budget` of the command line replace the sweep's budget."""
+    units = [u for u in BUDGET_UNITS if u in base_given and base_given[u].value is not None]
+    if not units:
+        return entries
+    if BUDGET in given:
+        text = f"must be given once, got {units[0]} and {BUDGET}; keep one"
+        findings.append(Finding(COMMAND_LINE, units[0], text))
+    return {p: e for p, e in entries.items() if p != BUDGET}
+
+
+def _base(entries: Entries, path: Path, source: str) -> tuple[Written, Entries, list[Finding]]:
+    """The base run's file and the sweep's overrides of it."""
+    findings: list[Finding] = []
+    written = Written({}, [], DEFAULTS)
+    base = entries["base"].value if "base" in entries else None
+    if isinstance(base, str):
+        file = path.parent / base
+        try:
+            written = read_entries(read_mapping(file, str(file)), str(file))
+        except ConfigError as error:
+            findings += [Finding(source, "base", problem) for problem in error.problems]
+    overrides: Entries = {}
+    given = entries.get("overrides")
+    if given is not None and isinstance(given.value, Mapping):
+        for key, value in given.value.items():
+            target = RUN.resolve(key) if isinstance(key, str) else ""
+            if target in RUN.leaves:
+                overrides[target] = Entry(value, f"{source}: overrides")
+            elif target in RUN.sections and isinstance(value, Mapping):
+                inner, wrong = flatten({target: value}, RUN, f"{source}: overrides")
+                overrides |= inner
+                findings += wrong
+            else:
+                text = unknown_key(source, target or show(key), RUN).text
+                findings.append(Finding(source, f"overrides.{key}", text))
+    return written, overrides, findings
+
+
+def _sweep(
+    entries: Entries, source: str, base: Entries
+) -> tuple[SweepConfig | None, list[Finding]]:
+    """The sweep's model with its space and points checked against the base run."""
+    algorithm = entries.get("search.algorithm", Entry("tpe", source)).value
+    space = entries.get("space", Entry({}, source))
+    if not isinstance(space.value, Mapping):
+        return None, []  # said by the check of types
+    if not space.value:
+        text = "must be a mapping, not empty: a setting's key -> choice, uniform, loguniform, …"
+        return None, [Finding(source, "space", text)]
+    dimensions, findings = read_space(space.value, space.place, base, str(algorithm))
+    refused = {RUN.resolve(str(key)) for key in space.value} - set(dimensions)
+    points = entries.get("search.points", Entry([], source))
+    resolved, wrong = read_points(points.value, points.place, dimensions, refused)
+    findings += wrong
+    bad = {p for m in check_values(entries, SWEEP) for p in m.involved}
+    if findings or bad:
+        return None, findings
+    plain = {p: e for p, e in entries.items() if p not in ("space", "search.points")}
+    values: dict[str, Any] = nested(plain)
+    values["space"] = {path: _spelled(d) for path, d in dimensions.items()}
+    values.setdefault("search", {})["points"] = resolved
+    try:
+        return SweepConfig.model_validate(values), []
+    except ValidationError as error:
+        return None, [
+            Finding(source, ".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()
+        ]
+
+
+def _spelled(dimension: Dimension) -> dict[str, Any]:
+    return {dimension.kind: list(dimension.values)}
+
+
+def _budget_mistake(sweep: SweepConfig | None, config: RunConfig, source: str) -> list[Finding]:
+    if sweep is None:
+        return []
+    try:
+        sweep_budget(sweep, config)
+    except ConfigError as error:
+        return [Finding(source, "", problem) for problem in error.problems]
+    return []

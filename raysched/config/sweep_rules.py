@@ -1,0 +1,76 @@
+"""The budget of a sweep, and its warnings."""
+
+from __future__ import annotations
+
+from raysched.config.entries import Entries
+from raysched.config.fields import RUN
+from raysched.config.loading import Loaded, Written, warnings_of
+from raysched.config.run import RunConfig
+from raysched.config.sweep import SweepConfig
+from raysched.errors import ConfigError
+
+
+def sweep_budget(sweep: SweepConfig, base: RunConfig | Loaded) -> float:
+    """F, the compute that every trial gets, in forward equivalents.
+
+    Args:
+        sweep: whose budget comes first.
+        base: else its budget; an optimizer step counts 3 per sample of the batch.
+
+    Raises:
+        ConfigError: the budget is in seconds, which compares machines rather than methods.
+    """
+    config = base.config if isinstance(base, Loaded) else base
+    budget = config.training.budget
+    if sweep.budget_forward_equivalents is not None:
+        return float(sweep.budget_forward_equivalents)
+    if budget.forward_equivalents is not None:
+        return float(budget.forward_equivalents)
+    if budget.steps is not None:
+        return float(budget.steps * 3 * config.training.batch_size)
+    raise ConfigError(
+        "budget_forward_equivalents: must be given, or training.budget in steps or "
+        f"forward_equivalents; got training.budget.seconds {budget.seconds:g}, but trials are "
+        "compared at equal compute"
+    )
+
+
+def sweep_warnings(
+    sweep: SweepConfig, config: RunConfig, entries: Entries, written: Written, source: str
+) -> list[str]:
+    """The base's warnings that no searched setting may lift, and the sweep's own."""
+    found = warnings_of(config, entries, spelled_out=written.spelled_out)
+    lines = [f.line for f in found if not f.involved & set(sweep.space)]
+    lines += [
+        f"{source}: overrides.{key}: has no effect: the space searches it"
+        for key in sweep.overrides
+        if RUN.resolve(key) in sweep.space
+    ]
+    grid = "scheduled_sampling.grid"
+    finest = config.scheduled_sampling.grid == config.noise_schedule.num_train_timesteps
+    if finest and "scheduled_sampling.sampler" in sweep.space and grid not in sweep.space:
+        lines.append(
+            f"{source}: space.scheduled_sampling.sampler: on the training grid all solvers "
+            f"agree; search {grid} too, or set a coarser one"
+        )
+    return lines + _early(sweep, config, source)
+
+
+def _early(sweep: SweepConfig, config: RunConfig, source: str) -> list[str]:
+    """A warning if trials may be stopped before their ramp has ended."""
+
+    def largest(name: str, default: int) -> int:
+        dimension = sweep.space.get(f"scheduled_sampling.{name}")
+        whole = [v for v in dimension.values if isinstance(v, int)] if dimension else [default]
+        return max(whole, default=default)
+
+    s = config.scheduled_sampling
+    ramp, start = largest("ramp_steps", s.ramp_steps), largest("start_step", s.start_step)
+    grace = sweep.early_stopping.grace_fraction * sweep_budget(sweep, config)
+    steps = grace / (3 * config.training.batch_size)
+    if sweep.early_stopping.kind == "none" or not ramp or start + ramp <= steps:
+        return []
+    return [
+        f"{source}: early_stopping.grace_fraction: trials may be stopped after {steps:.0f} steps, "
+        f"before their ramp ends at step {start + ramp}"
+    ]
