@@ -1,1 +1,1 @@
-
+"""Train diffusion and flow-matching models with rollouts, and learn whether they pay."""

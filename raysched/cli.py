@@ -66,9 +66,9 @@ def train(
         config = _load_run(tokens)
         if STOP.requested:
             return stopped_early()
-        from raysched.distributed import launch
+        from raysched.distributed.train import train as train_once
 
-        result = launch.train(config, resume=resume, console=_console(as_json))
+        result = train_once(config, resume=resume, console=_console(as_json))
         problems = () if result.error is None else (result.error,)
         payload = result.as_json()
         if problems:
@@ -83,7 +83,7 @@ def train(
     epilog="Example: raysched tune tune_spaces/digits_rollout.yaml search.num_samples=4",
 )
 def tune(
-    tokens: Annotated[list[str], typer.Argument(metavar="SPACE|KEY=VALUE")],
+    tokens: Annotated[list[str] | None, typer.Argument(metavar="SPACE|KEY=VALUE")] = None,
     resume: Resume = False,
     as_json: Json = False,
 ) -> Work:
@@ -93,7 +93,7 @@ def tune(
         STOP.install()
         from raysched.config.space import load_sweep
 
-        path, overrides = split_arguments(tokens)
+        path, overrides = split_arguments(tokens or [])
         if path is None:
             return usage_failure("a SPACE is needed, such as tune_spaces/digits_rollout.yaml")
         loaded = load_sweep(path, overrides)
@@ -156,10 +156,10 @@ def show_config(
     """Print a run's settings as they will be used, defaults and overrides included."""
 
     def work() -> Outcome:
-        from raysched.config.loading import dump
+        from raysched.config.loading import dump, to_yaml
 
-        config = _load_run(tokens)
-        return Outcome(config.model_dump(mode="json"), dump(config).rstrip("\n"))
+        resolved = dump(_load_run(tokens))
+        return Outcome(resolved, to_yaml(resolved).rstrip("\n"))
 
     return work
 
