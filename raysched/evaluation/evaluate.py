@@ -28,8 +28,8 @@ from raysched.evaluation.sampling import (
     evaluation_noise,
     generate,
     network_device,
+    num_evaluations,
     num_steps,
-    step_price,
 )
 
 METRIC_LABELS: dict[QualityMetric, str] = {
@@ -235,7 +235,7 @@ def _notes(
         )
     for nfe in settings.nfe:
         steps = num_steps(nfe, settings.sampler, settings.guidance_scale)
-        price = steps * step_price(settings.sampler, settings.guidance_scale)
+        price = num_evaluations(steps, settings.sampler, settings.guidance_scale)
         if price != nfe:
             notes.append(
                 f"evaluation.nfe: {nfe} pays for {steps} step(s) of {settings.sampler}, which "

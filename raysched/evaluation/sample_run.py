@@ -172,7 +172,7 @@ def _default_target(
 
 
 def _single_images(images: Tensor, labels: Tensor, target: Path) -> tuple[Path, ...]:
-    folder = target.with_suffix("")
+    folder = target.with_name(f"{target.stem}-images")
     return tuple(
         save_png(enlarged(image, 1), folder / f"{number:05d}-class_{int(label)}.png")
         for number, (image, label) in enumerate(zip(images, labels, strict=True))

@@ -1,6 +1,7 @@
 """Generating images: fixed noise, fixed labels, a fixed number of network evaluations.
 
-`nfe` counts network evaluations per sample, guidance as two and rk4's stages as four a step.
+`nfe` counts network evaluations per sample: guidance counts two, a step of rk4 four, its last one
+(to sigma = 0, Euler's) one.
 Sampling walks u_j = j/N from 1 (noise) down to 0 (data).
 
 Legend: n samples, C channels, H and W pixels.
@@ -27,19 +28,27 @@ def num_steps(nfe: int, solver: SolverName, guidance_scale: float = 1.0) -> int:
     """Solver steps that so many network evaluations pay for, rounded down, at least one.
 
     Args:
-        nfe: network evaluations per sample; guidance counts two, a step of rk4 four.
+        nfe: network evaluations per sample.
         solver: name of the solver.
         guidance_scale: 1 is off.
 
     Returns:
         Steps of the sampling grid; a budget below the price of one step still gives that step.
     """
-    return max(1, nfe // step_price(solver, guidance_scale))
+    branches = _branches(guidance_scale)
+    if solver == "rk4":
+        return max(1, (nfe // branches - 1) // RK4_STAGES + 1)
+    return max(1, nfe // branches)
 
 
-def step_price(solver: SolverName, guidance_scale: float = 1.0) -> int:
-    """Network evaluations of one solver step."""
-    return (RK4_STAGES if solver == "rk4" else 1) * (1 if guidance_scale == 1.0 else 2)
+def num_evaluations(steps: int, solver: SolverName, guidance_scale: float = 1.0) -> int:
+    """Network evaluations per sample of so many solver steps; the inverse of `num_steps`."""
+    per_branch = RK4_STAGES * (steps - 1) + 1 if solver == "rk4" else steps
+    return _branches(guidance_scale) * per_branch
+
+
+def _branches(guidance_scale: float) -> int:
+    return 1 if guidance_scale == 1.0 else 2
 
 
 def evaluation_noise(seed: int, num: int, shape: tuple[int, ...]) -> Tensor:
