@@ -126,4 +126,6 @@ def _effnet_batch(network: nn.Module, images: Tensor) -> Tensor:
         size = [max(1, round(length * scale)) for length in images.shape[-2:]]
         x = nn.functional.interpolate(x, size=size, mode="bilinear", antialias=True)
     extract = cast(Callable[[Tensor], Tensor], network.extract_features)
-    return extract(x).mean((2, 3)).double().cpu()
+    # The features must not depend on the precision of the run that is being measured.
+    with torch.autocast(x.device.type, enabled=False):
+        return extract(x).mean((2, 3)).double().cpu()

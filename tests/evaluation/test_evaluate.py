@@ -157,3 +157,10 @@ def test_the_reference_is_the_held_out_split_and_is_made_once():
 def test_thinning_keeps_the_spread_of_the_indices():
     assert thinned(np.arange(100), 5).tolist() == [0, 25, 50, 74, 99]
     assert thinned(np.arange(4), 5).tolist() == [0, 1, 2, 3]
+
+
+def test_mixed_precision_around_an_evaluation_leaves_the_measurement_in_float64():
+    expected = run().metrics
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run().metrics
+    assert found == expected

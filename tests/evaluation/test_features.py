@@ -60,6 +60,20 @@ def test_images_reach_the_network_as_rgb_around_zero_at_a_size_that_it_knows(mon
     torch.testing.assert_close(found[1:], torch.ones(69, 3, dtype=torch.float64))
 
 
+def test_features_do_not_depend_on_the_precision_of_the_run(monkeypatch):
+    class Mixing(torch.nn.Conv2d):
+        def extract_features(self, x: torch.Tensor) -> torch.Tensor:
+            return self(x)
+
+    network = Mixing(3, 4, 3).requires_grad_(False)
+    monkeypatch.setattr(features, "load_efficientnet", lambda: network)
+    images = torch.arange(2 * 40 * 40, dtype=torch.int32).reshape(2, 1, 40, 40).to(torch.uint8)
+    expected = features.efficientnet_features(images, CPU)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = features.efficientnet_features(images, CPU)
+    assert torch.equal(found, expected)
+
+
 if EFFNET_INSTALLED:  # the extra is optional: without it there is nothing to check here
 
     def test_efficientnet_features_have_1280_columns_and_do_not_depend_on_the_batch():
