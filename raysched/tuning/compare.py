@@ -59,6 +59,15 @@ def compare_with_baseline(
     return found
 
 
+def metric_name(config: RunConfig) -> str:
+    """The quality's name for people."""
+    from raysched.evaluation.evaluate import METRIC_LABELS
+
+    label = METRIC_LABELS[config.evaluation.metric]
+    network = config.evaluation.features == "efficientnet_lite0"
+    return f"{label} (EffNet-Lite0)" if network else label
+
+
 def run_folders(trial: TrialRecord) -> list[Path]:
     """The folders of a trial's runs, by seed."""
     folder = Path(trial.run_dir)

@@ -127,8 +127,11 @@ def apply_event(records: dict[int, TrialRecord], event: dict[str, Any]) -> None:
 
 
 def _end(record: TrialRecord, event: dict[str, Any]) -> None:
-    record.status = event["status"]
-    record.error = event.get("error")
+    pruned = record.status == "pruned"
+    if not (pruned and event["status"] == "stopped"):
+        record.status = event["status"]
+    # A pruned trial keeps the reason of the decision.
+    record.error = event.get("error") or (record.error if record.status == "pruned" else None)
     record.diverged = event.get("diverged", False)
     record.seconds = event.get("seconds") or record.seconds
     if event.get("q") is not None:

@@ -35,6 +35,10 @@ class Monitor(Callback):  # type: ignore[misc]
         self._show = show
         self._close_run = close_run
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Ray Tune pickles what it was given; its snapshots are never read, the journal is.
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has got its resources."""
         record = self._journal.append("started", trial.config["trial_number"])

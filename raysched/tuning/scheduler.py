@@ -58,6 +58,10 @@ class ComputeHalving(AsyncHyperBandScheduler):  # type: ignore[misc]
         self._prune = prune
         self._pruned: set[int] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Ray Tune pickles what it was given; its snapshots are never read, the journal is.
+        return {}
+
     def replay(self, records: Iterable[TrialRecord]) -> None:
         """Refill the rungs with the evaluations of an earlier session."""
         for record in records:

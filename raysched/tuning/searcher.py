@@ -53,6 +53,10 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
             if not record.baseline:
                 self.proposals.ask_again(record)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Ray Tune pickles what it was given; its snapshots are never read, the journal is.
+        return {}
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial's config, or Tune's mark that there is none."""
         record = None if self._stopping() else self._next()

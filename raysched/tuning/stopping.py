@@ -49,6 +49,10 @@ class SweepStopper(Stopper):  # type: ignore[misc]
         self.reason = self.reason or reason
         self._deadline = self._deadline or time.monotonic() + self._patience_s
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Ray Tune pickles what it was given; its snapshots are never read, the journal is.
+        return {}
+
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Never ends a single trial."""
         return False

@@ -17,7 +17,7 @@ from raysched.config.loading import write_yaml
 from raysched.config.run import RunConfig
 from raysched.config.space import LoadedSweep
 from raysched.training.files import storage_errors, write_json
-from raysched.tuning.compare import compare_with_baseline
+from raysched.tuning.compare import compare_with_baseline, metric_name
 from raysched.tuning.folder import open_sweep_folder, sweep_folder
 from raysched.tuning.journal import Journal
 from raysched.tuning.records import SweepResult, TrialRecord
@@ -119,7 +119,7 @@ def _conclude(
     candidates = [trial for trial in eligible(trials) if not trial.baseline]
     config, seeds = loaded.base.config, len(plan.seeds)
     comparisons = compare(baseline, candidates, config=config, seeds=seeds)
-    verdict = decide(trials, comparisons, num_seeds=seeds, metric=config.evaluation.metric)
+    verdict = decide(trials, comparisons, num_seeds=seeds, metric=metric_name(config))
     winner = best(trials) or baseline
     files = {**result.files, **_winner_files(plan, winner)}
     return dataclasses.replace(

@@ -1,0 +1,204 @@
+"""Figures of a sweep: what quality costs, and how it grew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raysched.tuning.display import settings_text
+from raysched.tuning.records import TrialRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours: told apart by everyone.
+BASELINE, WINNER, OTHER, FAILED = "#0072B2", "#D55E00", "#7F7F7F", "#CC79A7"
+SIZE_INCHES = (7.6, 4.8)
+DPI = 130
+# More names than this hide each other.
+MAX_NAMES = 12
+
+
+def pareto_figure(
+    trials: Sequence[TrialRecord], *, budget: float, label: str, winner: int | None
+) -> Figure:
+    """Quality against compute: the best that each trial reached, with the non-dominated front.
+
+    Args:
+        trials: all trials.
+        budget: forward equivalents of a full trial.
+        label: name of q for the axis.
+        winner: number of the trial to mark.
+    """
+    figure, axes = _figure()
+    shown = [t for t in trials if _drawable(t)]
+    for trial in shown:
+        colour, marker = _style(trial, winner)
+        axes.errorbar(
+            trial.forward_equivalents,
+            trial.q,
+            yerr=_error_bar(trial),
+            fmt=marker,
+            color=colour,
+            markersize=9 if trial.baseline or trial.number == winner else 6,
+            capsize=3,
+            elinewidth=1,
+            alpha=0.95,
+            zorder=3 if trial.baseline or trial.number == winner else 2,
+        )
+    front = non_dominated([(t.forward_equivalents, t.q) for t in shown if t.q is not None])
+    if front:
+        # A step: between two trials nothing better than the cheaper one is known.
+        x, y = zip(*front, strict=True)
+        axes.step(
+            [*x, budget * 1.02], [*y, y[-1]], where="post", color="black", lw=1, ls="--", zorder=1
+        )
+    _name_points(axes, shown, winner)
+    axes.set_xlabel("compute, forward equivalents")
+    axes.set_ylabel(f"{label} (lower is better)")
+    axes.set_title("Quality against compute: all trials and the non-dominated front")
+    _finish(axes, shown, budget, winner)
+    return figure
+
+
+def curves_figure(
+    trials: Sequence[TrialRecord], *, budget: float, label: str, winner: int | None
+) -> Figure:
+    """Quality at every evaluation against compute, one line per trial.
+
+    Args:
+        trials: all trials.
+        budget: forward equivalents of a full trial.
+        label: name of q for the axis.
+        winner: number of the trial to mark.
+    """
+    figure, axes = _figure()
+    shown = [t for t in trials if any(math.isfinite(point.q) for point in t.curve)]
+    for trial in shown:
+        colour, marker = _style(trial, winner)
+        special = trial.baseline or trial.number == winner
+        points = [point for point in trial.curve if math.isfinite(point.q)]
+        axes.plot(
+            [point.forward_equivalents for point in points],
+            [point.q for point in points],
+            color=colour,
+            marker=marker,
+            markersize=6 if special else 4,
+            lw=2 if special else 1,
+            ls="-" if trial.status != "pruned" else ":",
+            alpha=1.0 if special else 0.8,
+            zorder=3 if special else 2,
+        )
+    values = [point.q for trial in shown for point in trial.curve if math.isfinite(point.q)]
+    if values and min(values) > 0 and max(values) / min(values) > 10:
+        axes.set_yscale("log")
+    axes.set_xlabel("compute, forward equivalents")
+    axes.set_ylabel(f"{label} (lower is better)")
+    axes.set_title("Quality as compute is spent (dotted: stopped early)")
+    _finish(axes, shown, budget, winner)
+    return figure
+
+
+def non_dominated(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one beats in both coordinates, by the first; lower is better."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG."""
+    figure.savefig(path, dpi=DPI)
+    return path
+
+
+def _figure() -> tuple[Figure, Axes]:
+    # Not pyplot: it keeps every figure, and picks a backend that may want a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _drawable(trial: TrialRecord) -> bool:
+    return trial.q is not None and math.isfinite(trial.q) and trial.forward_equivalents > 0
+
+
+def _style(trial: TrialRecord, winner: int | None) -> tuple[str, str]:
+    if trial.baseline:
+        return BASELINE, "s"
+    if trial.number == winner:
+        return WINNER, "*"
+    return (FAILED, "x") if trial.status == "failed" else (OTHER, "o")
+
+
+def _error_bar(trial: TrialRecord) -> list[list[float]] | None:
+    if trial.q is None or trial.q_low is None or trial.q_high is None:
+        return None
+    ends = (trial.q - trial.q_low, trial.q_high - trial.q)
+    return [[max(0.0, end) if math.isfinite(end) else 0.0] for end in ends]
+
+
+def _name_points(axes: Axes, shown: Sequence[TrialRecord], winner: int | None) -> None:
+    """Numbers beside the points; those of equal compute alternate between left and right."""
+    if len(shown) > MAX_NAMES:
+        shown = [t for t in shown if t.baseline or t.number == winner]
+    by_quality = sorted(shown, key=lambda t: (round(t.forward_equivalents, -3), t.q or 0.0))
+    for index, trial in enumerate(by_quality):
+        left = index % 2 == 1
+        axes.annotate(
+            f"{trial.number:03d}",
+            (trial.forward_equivalents, trial.q or 0.0),
+            xytext=(-8 if left else 8, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            fontsize=8,
+            color=_style(trial, winner)[0],
+        )
+
+
+def _finish(axes: Axes, shown: Sequence[TrialRecord], budget: float, winner: int | None) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.axvline(budget, color="0.8", lw=1, zorder=0)
+    axes.set_xlim(0, budget * 1.08)
+    axes.grid(visible=True, color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    entries = {}
+    for trial in shown:
+        if trial.baseline:
+            name = "000 teacher forcing (baseline)"
+        elif trial.number == winner:
+            name = f"{trial.number:03d} best: {settings_text(trial)}"
+        else:
+            name = "failed" if trial.status == "failed" else "other trials"
+        colour, marker = _style(trial, winner)
+        entries[_wrapped(name)] = Line2D([], [], color=colour, marker=marker, ls="", markersize=7)
+    if entries:
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.legend(
+            list(entries.values()),
+            list(entries),
+            loc="outside lower center",
+            fontsize=8,
+            ncols=min(3, len(entries)),
+            frameon=False,
+        )
+
+
+def _wrapped(text: str, width: int = 44) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width))
