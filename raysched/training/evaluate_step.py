@@ -51,10 +51,9 @@ def evaluate_run(run: Run, run_dir: Path, tracker: Tracker, *, final: bool) -> d
     return evaluation.metrics
 
 
-def save_final(run: Run, run_dir: Path, tracker: Tracker) -> None:
+def save_final(run: Run, run_dir: Path) -> None:
     """Write the EMA weights as a diffusers pipeline folder."""
     from raysched.models.export import save_pipeline
 
     with storage_errors(run_dir, "writing the pipeline"), run.ema.applied(run.policy):
         save_pipeline(run_dir / PIPELINE_FOLDER, run.policy, run.config, run.dataset.class_names)
-    tracker.log_artifact(run_dir / "config.yaml")

@@ -181,7 +181,7 @@ class Loop:
     def finish(self, status: RunStatus, error: str | None) -> RunResult:
         """Write what a finished run leaves behind, close the tracker, and sum up."""
         if status == "finished" and self.is_main:
-            save_final(self.run, self.run_dir, self.tracker)
+            save_final(self.run, self.run_dir)
         result = RunResult(
             status=status,
             output_dir=str(self.run_dir),

@@ -1,0 +1,120 @@
+"""`raysched train`: open the run's folder, track it, launch it, and tell its user how it goes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysched.config.run import RunConfig
+from raysched.distributed.launch import run_training
+from raysched.signals import STOP
+from raysched.training.protocols import Tracker
+from raysched.training.result import RunResult, read_result
+from raysched.training.run_folder import (
+    default_run_dir,
+    flatten,
+    holds_run,
+    latest_run_dir,
+    open_run_folder,
+    read_config,
+)
+from raysched.training.stop import clear_stop, request_stop
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from raysched.tracking import StoreHandle
+
+
+def train(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
+    """Train once, with Ray Train or in this process; SIGTERM and Ctrl-C stop it resumably.
+
+    Args:
+        config: the resolved run.
+        resume: go on with the run in the folder (without a folder: the newest of this name);
+            a folder without one starts anew, a finished run is only read.
+        console: where progress is printed.
+
+    Raises:
+        StorageError, ConfigError: the folder, the store or the cluster can't be used as asked.
+        RunFailedError: the workers were lost.
+    """
+    run_dir = choose_run_dir(config, resume=resume)
+    done = _already_finished(config, run_dir) if resume else None
+    if done is not None:
+        console.print(f"{run_dir}: this run is finished already")
+        return done
+    open_run_folder(config, run_dir, resume=resume)
+    clear_stop(run_dir)
+    console.print(f"run folder: {run_dir}", soft_wrap=True)
+    make_tracker = _prepare_tracking(config, run_dir, console) if config.tracking.enabled else None
+
+    def on_signal(name: str) -> None:
+        request_stop(run_dir, "stopped", name)
+
+    STOP.register(on_signal)
+    try:
+        return run_training(
+            config,
+            run_dir=run_dir,
+            report=functools.partial(_print_evaluation, console),
+            make_tracker=make_tracker,
+        )
+    finally:
+        STOP.unregister(on_signal)
+
+
+def choose_run_dir(config: RunConfig, *, resume: bool) -> Path:
+    """The absolute folder of a run: as configured, the newest of its name, or a new one."""
+    if config.training.output_dir is not None:
+        return Path(config.training.output_dir).expanduser().absolute()
+    latest = latest_run_dir(config.name) if resume else None
+    return latest or default_run_dir(config.name)
+
+
+def _already_finished(config: RunConfig, run_dir: Path) -> RunResult | None:
+    done = read_result(run_dir)
+    if done is None or done.status != "finished" or not holds_run(run_dir):
+        return None
+    same_budget = read_config(run_dir).training.budget == config.training.budget
+    return done if same_budget else None
+
+
+def _prepare_tracking(config: RunConfig, run_dir: Path, console: Console) -> Callable[[], Tracker]:
+    from raysched.tracking import prepare_store, start_run, ui_command
+
+    store = prepare_store(config.tracking, Path.cwd())
+    params = flatten(config.model_dump(mode="json", exclude={"name", "tracking"}))
+    run_id = start_run(
+        store,
+        run_dir.name,
+        run_dir=run_dir,
+        params={key: value for key, value in params.items() if value is not None},
+        tags={"raysched.kind": "run"},
+    )
+    console.print(f"MLflow: {ui_command(store)}", soft_wrap=True)
+    return functools.partial(make_tracker, store, run_id, run_dir)
+
+
+def make_tracker(store: StoreHandle, run_id: str, run_dir: Path) -> Tracker:
+    """Rank 0's tracker, made in its process; the config is recorded however the run will end."""
+    from raysched.tracking import MlflowTracker
+
+    tracker = MlflowTracker(store, run_id, run_dir)
+    tracker.log_artifact(run_dir / "config.yaml")
+    return tracker
+
+
+def _print_evaluation(console: Console, metrics: Mapping[str, Any]) -> None:
+    spent, share = metrics["compute/forward_equivalents"], metrics["compute/fraction"]
+    line = f"step {metrics['step']:.0f}, {spent:,.0f} FE ({min(share, 1.0):.0%} of the budget)"
+    if "quality/q" in metrics:
+        low, high = metrics.get("quality/q_low"), metrics.get("quality/q_high")
+        line += f": q {metrics['quality/q']:.5f}"
+        line += f" [{low:.5f}, {high:.5f}]" if low is not None and high is not None else ""
+    if "quality/recall" in metrics:
+        line += f", precision {metrics['quality/precision']:.3f}"
+        line += f", recall {metrics['quality/recall']:.3f}"
+    console.print(line, highlight=False)
