@@ -1,15 +1,17 @@
 """MLflow: the only room that knows it. Importing this loads no MLflow.
 
-The driver: `prepare_store`, `start_run` for the sweep and each trial, `finish_run`. A trial:
-`MlflowTracker`. Afterwards: `ui_command`, `sync`.
+The driver: `prepare_store`, `start_run` for the sweep and each trial, a `Courier` that sends what
+trials record, `finish_run`. A trial: `MlflowTracker`. Afterwards: `ui_command`, `sync`.
 """
 
+from raysched.tracking.courier import Courier
 from raysched.tracking.runs import start_run
 from raysched.tracking.store import StoreHandle, prepare_store, ui_command
 from raysched.tracking.sync import SyncReport, finish_run, sync
 from raysched.tracking.tracker import MlflowTracker
 
 __all__ = [
+    "Courier",
     "MlflowTracker",
     "StoreHandle",
     "SyncReport",

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from raysched.tracking.client import connect, describe, is_refused
 from raysched.tracking.runs import make_run, set_status
-from raysched.tracking.spool import Entry, Operation, RunRecord, Spool
+from raysched.tracking.spool import Entry, Operation, Spool
 from raysched.tracking.store import artifact_root, ensure_experiment
 
 MAX_METRICS_PER_CALL = 1000
@@ -63,8 +63,9 @@ class Sender:
 
     def _send_pending(self, should_stop: Callable[[], bool]) -> int:
         offset = self.spool.acknowledged()
-        if next(self.spool.entries(offset), None) is None and self._run_id:
+        if next(self.spool.entries(offset), None) is None and self._is_made():
             return 0
+        self.spool.sync_to_disk()
         self._connect()
         num_sent = 0
         batch: list[Entry] = []
@@ -77,21 +78,25 @@ class Sender:
             batch.append(entry)
         return num_sent + (self._send_batch(batch) if batch else 0)
 
+    def _is_made(self) -> bool:
+        if not self._run_id:
+            record = self.spool.load_record()
+            assert record is not None, "start_run comes before sending"
+            self._run_id = record.run_id or ""
+        return bool(self._run_id)
+
     def _connect(self) -> None:
         if self._client is None:
             self._client = connect(self._uri)
-        if self._run_id:
-            return
-        record = self.spool.load_record()
-        assert record is not None, "a spool without a record is never opened"
-        if record.run_id is None:
-            self._make(record)
-        self._run_id = record.run_id or ""
+        if not self._is_made():
+            self._make()
 
-    def _make(self, record: RunRecord) -> None:
+    def _make(self) -> None:
+        record = self.spool.load_record()
+        assert record is not None
         artifacts = artifact_root(self._uri, self.spool.run_dir.parent)
         experiment_id = ensure_experiment(self._client, record.experiment, artifacts)
-        make_run(self._client, record, experiment_id, look_first=True)
+        self._run_id = make_run(self._client, record, experiment_id, look_first=True)
         self.spool.save_record(record)
 
     def _send_batch(self, batch: list[Entry]) -> int:

@@ -188,10 +188,15 @@ class Spool:
         return StorageError(f"{self.folder}: can't keep the tracked points: {error.strerror}")
 
     def sync_to_disk(self) -> None:
-        """Make what was appended outlive the machine as well."""
-        with self._mutex:
-            if self._descriptor is not None:
-                os.fsync(self._descriptor)
+        """Make what was appended, by any process, outlive the machine as well."""
+        if not self.path.exists():
+            return
+        # A descriptor of its own: appending must not wait for the disk.
+        descriptor = os.open(self.path, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         """Close the file; a later `append` opens it again."""

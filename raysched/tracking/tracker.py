@@ -1,33 +1,26 @@
-"""The training loop's `Tracker`: append to the spool and return; a thread sends to MLflow.
+"""The training loop's `Tracker`: append to the spool and return; a `Courier` sends to MLflow.
 
 The training thread pays for one JSON line per call. Importing MLflow, connecting, `fsync` and
-every request happen in a daemon thread; when the store is away the thread keeps trying, ever more
-slowly, and says so once.
+every request happen in the courier's thread, here or in the driver.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from filelock import Timeout
 from numpy.typing import NDArray
 
-from raysched.tracking.client import UnreachableError, describe
+from raysched.tracking.courier import Courier
 from raysched.tracking.runs import clean_tags, now_ms, status_operation
-from raysched.tracking.sender import Sender
 from raysched.tracking.spool import OFFLINE_PREFIX, RunRecord, Spool, encode_number
-from raysched.tracking.store import LOGGER, StoreHandle
+from raysched.tracking.store import StoreHandle
 from raysched.tracking.uris import redact
 from raysched.training.protocols import RunStatus
 
-_FIRST_RETRY_S = 0.5
-_LONGEST_RETRY_S = 15.0
 _IMAGE_PREFIX = "image:"
 
 
@@ -42,11 +35,19 @@ class MlflowTracker:
         handle: from `prepare_store`, in the driver.
         run_id: from `start_run`, in the driver.
         run_dir: the run's folder; the spool is `tracking/` below it.
+        send: False leaves the sending to a `Courier` in the driver, which keeps MLflow out of
+            this process.
         flush_every_s: seconds between two sendings.
     """
 
     def __init__(
-        self, handle: StoreHandle, run_id: str, run_dir: Path, *, flush_every_s: float = 2.0
+        self,
+        handle: StoreHandle,
+        run_id: str,
+        run_dir: Path,
+        *,
+        send: bool = True,
+        flush_every_s: float = 2.0,
     ) -> None:
         self._spool = Spool(run_dir)
         if self._spool.load_record() is None:
@@ -56,15 +57,11 @@ class MlflowTracker:
         ended = self._replay()
         if ended:
             self._spool.append(status_operation("running"))
-        self._sender = Sender(run_dir, handle.uri)
-        self._uri = redact(handle.uri)
-        self._told = handle.offline
-        self._flush_every_s = flush_every_s
-        self._wake = threading.Event()
-        self._closing = threading.Event()
-        self._deadline = float("inf")
-        self._thread = threading.Thread(target=self._run, name="raysched-tracking", daemon=True)
-        self._thread.start()
+        self._closed = False
+        self._courier: Courier | None = None
+        if send:
+            self._courier = Courier(handle, flush_every_s=flush_every_s)
+            self._courier.watch(run_dir)
 
     def _replay(self) -> bool:
         """Learn the last step of every key; True if the run was ended before."""
@@ -154,74 +151,17 @@ class MlflowTracker:
     def close(self, status: RunStatus, timeout_s: float = 30.0) -> None:
         """Send what is pending, at most for `timeout_s`, and mark the run's end.
 
-        If points remain, the user is told how many and how to send them.
+        If points remain, the user is told how many and how to send them. Without an own courier
+        the end is written down and nothing is waited for.
         """
-        if self._closing.is_set():
+        if self._closed:
             return
+        self._closed = True
         self._spool.append(status_operation(status))
         self._spool.sync_to_disk()
-        self._deadline = time.monotonic() + timeout_s
-        self._closing.set()
-        self._wake.set()
-        self._thread.join(timeout_s)
-        remaining = self._spool.num_pending()
-        if remaining:
-            LOGGER.warning(
-                "%d points are not in MLflow (%s) yet; send them with: raysched sync %s",
-                remaining,
-                self._uri,
-                self._spool.run_dir,
-            )
         self._spool.close()
-
-    def _run(self) -> None:
-        """The sender thread: flush at intervals, retry with growing pauses, end at `close`."""
-        pause, told_rejected = self._flush_every_s, 0
-        while True:
-            self._wake.wait(pause)
-            closing = self._closing.is_set()
-            try:
-                self._spool.sync_to_disk()
-                self._sender.send(lambda: time.monotonic() > self._deadline)
-                if closing:
-                    break
-                pause = self._flush_every_s
-            except Timeout:
-                pause = _FIRST_RETRY_S  # `raysched sync` is at work on the same spool
-            except Exception as error:  # noqa: BLE001 (the thread must outlive every failure)
-                self._tell(error)
-                pause = min(max(2 * pause, _FIRST_RETRY_S), _LONGEST_RETRY_S)
-            if self._sender.num_rejected > told_rejected:
-                self._tell_rejected()
-                told_rejected = self._sender.num_rejected
-            if closing:
-                if time.monotonic() > self._deadline:
-                    break
-                self._wake.clear()
-                pause = min(pause, 1.0)
-        if self._sender.num_rejected > told_rejected:
-            self._tell_rejected()
-
-    def _tell(self, error: Exception) -> None:
-        if self._told:
-            return
-        self._told = True
-        fault = "does not answer" if isinstance(error, UnreachableError) else "fails"
-        LOGGER.warning(
-            "MLflow at %s %s (%s). Training goes on, the points are kept and sent when it is "
-            "back, or later with: raysched sync %s",
-            self._uri,
-            fault,
-            describe(error),
-            self._spool.run_dir,
-        )
-
-    def _tell_rejected(self) -> None:
-        LOGGER.warning(
-            "MLflow refuses %d entries; they are kept, with the reason, in %s",
-            self._sender.num_rejected,
-            self._spool.rejected_path,
-        )
+        if self._courier is not None:
+            self._courier.close(timeout_s)
 
 
 def _record_elsewhere(handle: StoreHandle, run_id: str) -> RunRecord:
