@@ -89,7 +89,9 @@ def flatten(
             path = prefix + key
             if not prefix:
                 path = layout.resolve(_undashed(key, layout))
-            if path in layout.sections:
+            if "." in key:
+                findings.append(unknown_key(place, prefix + key, layout))
+            elif path in layout.sections:
                 if isinstance(value, Mapping):
                     walk(value, path + ".")
                 else:

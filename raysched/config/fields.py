@@ -71,6 +71,9 @@ class Layout:
         known = [*self.leaves, *sorted(self.sections)]
         if self.resolve(leaf) != leaf and self.resolve(leaf) in self.leaves:
             return self.resolve(leaf)
+        flat = {flat_key(p): p for p in self.leaves}
+        if path.startswith(FLAT_PREFIX) and (match := closest(path, flat, cutoff=0.8)):
+            return flat[match]
         siblings = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == section}
         elsewhere = [p for p in known if p.rpartition(".")[2] == leaf]
         if section and (match := closest(leaf, siblings, cutoff=0.8)):
@@ -79,7 +82,7 @@ class Layout:
             return closest(path, elsewhere, cutoff=0.0)
         if match := closest(leaf, siblings):
             return siblings[match]
-        spelled = {p: p for p in known} | {flat_key(p): p for p in self.leaves}
+        spelled = {p: p for p in known} | flat
         if match := closest(path, spelled):
             return spelled[match]
         leaves = {p.rpartition(".")[2]: p for p in known}

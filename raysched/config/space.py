@@ -17,6 +17,7 @@ from raysched.config.entries import (
     Finding,
     check_values,
     flatten,
+    nest,
     nested,
     raise_findings,
     unknown_key,
@@ -199,7 +200,7 @@ def _base(entries: Entries, path: Path, source: str) -> tuple[Written, Entries, 
             if target in RUN.leaves:
                 overrides[target] = Entry(value, f"{source}: overrides")
             elif target in RUN.sections and isinstance(value, Mapping):
-                inner, wrong = flatten({target: value}, RUN, f"{source}: overrides")
+                inner, wrong = flatten(nest({target: value}), RUN, f"{source}: overrides")
                 overrides |= inner
                 findings += wrong
             else:

@@ -1,0 +1,80 @@
+"""Every file that the project ships."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raysched.config.loading import dump, load, load_mapping, write_yaml
+from raysched.config.schema import run_schema, schema_text, sweep_schema
+from raysched.config.space import assign, baseline_config, load_sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(p for p in (ROOT / "configs").iterdir() if p.is_file())
+SPACES = sorted((ROOT / "tune_spaces").iterdir())
+NAMES = [p.name for p in CONFIGS]
+
+
+def test_the_shipped_files_are_found():
+    assert {"digits_flow.yaml", "fashion_mnist_flow.yaml", "minimal.json"} <= set(NAMES)
+    assert {"digits_rollout.yaml", "fashion_mnist_rollout.yaml"} <= {p.name for p in SPACES}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_a_shipped_config_loads_without_warnings(path):
+    assert load(path).warnings == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_a_shipped_config_survives_dump_and_load(path, tmp_path):
+    config = load(path).config
+    again = load_mapping(json.loads(json.dumps(dump(config))), "dump")
+    assert (again.config, again.warnings) == (config, [])
+    write_yaml(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml").config == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_a_shipped_config_rolls_out_and_its_baseline_does_not(path):
+    loaded = load(path)
+    assert loaded.config.scheduled_sampling.max_step_offset > 0
+    baseline = baseline_config(loaded.raw)
+    assert (baseline.exposure, baseline.scheduled_sampling.max_step_offset) == ("none", 0)
+    assert baseline.scheduled_sampling.reflexflow is False
+    assert baseline.training == loaded.config.training
+
+
+@pytest.mark.parametrize("path", SPACES, ids=[p.name for p in SPACES])
+def test_a_shipped_space_loads_without_warnings_and_each_point_is_a_run(path):
+    loaded = load_sweep(path)
+    assert loaded.warnings == []
+    for point in loaded.sweep.search.points:
+        assert set(point) == set(loaded.sweep.space)
+        assign(loaded.base.raw, point)
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS + SPACES if p.suffix == ".yaml"])
+def test_a_shipped_yaml_names_a_schema_that_exists(path):
+    prefix = "# yaml-language-server: $schema="
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(prefix)
+    schema = (path.parent / first.removeprefix(prefix)).resolve()
+    kind = "sweep" if path.parent.name == "tune_spaces" else "run"
+    assert schema == ROOT / "configs" / "schema" / f"{kind}.schema.json"
+    assert schema.is_file()
+
+
+@pytest.mark.parametrize(("name", "make"), [("run", run_schema), ("sweep", sweep_schema)])
+def test_the_committed_schema_is_the_one_that_the_code_makes(name, make):
+    file = ROOT / "configs" / "schema" / f"{name}.schema.json"
+    assert file.read_text(encoding="utf-8") == schema_text(make())
+
+
+def test_the_schemas_know_flat_keys_and_refuse_others():
+    run, sweep = run_schema(), sweep_schema()
+    assert run["additionalProperties"] is sweep["additionalProperties"] is False
+    assert run["properties"]["scheduled_sampling_max_step_offset"]["minimum"] == 0
+    space = sweep["properties"]["space"]
+    assert space["additionalProperties"] is False
+    assert "scheduled_sampling.grid" in space["properties"]
+    assert all("description" in p or "$ref" in p for p in run["properties"].values())
