@@ -91,8 +91,10 @@ def x0_coefficients(
     if prediction_type == "sample":
         return torch.zeros_like(alpha), torch.ones_like(alpha)
     if prediction_type == "epsilon":
+        # Dividing rounding errors by almost nothing would explode: there x0 counts as 0.
+        known = (alpha > DIVISOR_FLOOR).to(alpha.dtype)
         divisor = alpha.clamp_min(DIVISOR_FLOOR)
-        return 1 / divisor, -sigma / divisor
+        return known / divisor, -sigma * known / divisor
     if prediction_type == "flow_matching":
         return 1 / (alpha + sigma), -sigma / (alpha + sigma)
     power = alpha**2 + sigma**2

@@ -26,8 +26,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-# An epsilon model says nothing about x0 where alpha = 0.
-DIVISOR_FLOOR = 1e-8
+# At the noisy end of a flow path, where alpha is 0 up to rounding, an epsilon model says nothing
+# about x0, which counts as 0 there, the mean of [-1, 1].
+ALPHA_FLOOR = 1e-6
 
 
 @dataclass
@@ -244,9 +245,9 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
         sigma: float = float(time) / self.scheduler.config.num_train_timesteps
         alpha = 1.0 - sigma
         if kind == "sample":
-            return (sample - output) / max(sigma, DIVISOR_FLOOR)
+            return (sample - output) / sigma
         if kind == "epsilon":
-            return (output - sample) / max(alpha, DIVISOR_FLOOR)
+            return output if alpha < ALPHA_FLOOR else (output - sample) / alpha
         # v = alpha eps - sigma x0, and a flow path's alpha^2 + sigma^2 isn't 1.
         return ((alpha + sigma) * output + (sigma - alpha) * sample) / (alpha**2 + sigma**2)
 

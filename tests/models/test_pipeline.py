@@ -17,6 +17,9 @@ from raysched.models.export import build_pipeline, build_scheduler, load_network
 from raysched.models.networks import build_network
 from raysched.models.weights import weights_sha256
 
+# diffusers hands tensors to numpy in a way that numpy 2 complains about.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 NAMES = tuple("abcd")
 DATA_STD = 0.4
 SMALL_MODELS = {
@@ -111,14 +114,10 @@ def test_the_exact_denoisers_images_equal_those_of_our_own_euler(kind, predictio
     images = pipeline(
         class_labels=labels, latents=noise, num_inference_steps=num_steps, output_type="pt"
     ).images
-    # cosine has alpha = 5e-5 at the start: an epsilon model's fp32 rounding counts 20,000-fold.
-    # With epsilon on a flow path alpha is 0 there, and rounding decides alone.
-    loose = prediction == "epsilon" and kind in ("cosine", "flow")
-    if not loose:
-        assert (own.abs() < 1.0).double().mean() > 0.5
-        torch.testing.assert_close(images * 2 - 1, own, rtol=0, atol=1e-4)
-    else:
-        assert images.isfinite().all()
+    assert (own.abs() < 1.0).double().mean() > 0.5
+    # cosine has alpha = 5e-5 at the start, where x0 from an epsilon model is 20,000 roundings off.
+    tolerance = 2e-2 if (kind, prediction) == ("cosine", "epsilon") else 1e-4
+    torch.testing.assert_close(images * 2 - 1, own, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("model", SMALL_MODELS)
