@@ -103,7 +103,8 @@ def tune(
         from raysched.tuning.sweep import run_sweep
 
         result = run_sweep(loaded, resume=resume, console=_console(as_json))
-        return Outcome(result.as_json(), exit_code=result.exit_code)
+        problems = () if result.error is None else (result.error,)
+        return Outcome(result.as_json(), "", result.exit_code, problems)
 
     return work
 
@@ -127,6 +128,9 @@ def sample(
     weights: Annotated[
         Literal["ema", "online"], typer.Option(help="Averaged or last weights.")
     ] = "ema",
+    save_images: Annotated[
+        bool, typer.Option("--save-images", help="Write every image by itself, too.")
+    ] = False,
     as_json: Json = False,
 ) -> Work:
     """Generate images from a trained model and store them as one picture."""
@@ -135,10 +139,19 @@ def sample(
         from raysched.evaluation.sample_run import sample_run
 
         result = sample_run(
-            source, num_images, nfe, sampler, guidance_scale, seed, class_label, out, weights
+            source,
+            num_images=num_images,
+            nfe=nfe,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            class_label=class_label,
+            out=out,
+            weights=weights,
+            save_images=save_images,
         )
-        payload = result.as_json()
-        return Outcome(payload, "\n".join(f"{key}: {value}" for key, value in payload.items()))
+        warn(list(result.notes))
+        return Outcome(result.as_json(), f"{result.num_images} images: {result.grid}")
 
     return work
 

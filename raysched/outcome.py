@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -69,8 +70,8 @@ def guarded(work: Callable[[], Outcome]) -> Outcome:
     except BrokenPipeError:
         raise
     except SystemExit as error:
-        # Ray's SIGTERM handler leaves this way when the signal comes while it starts.
-        if STOP.requested:
+        # Ray's SIGTERM handler leaves this way when the signal comes while Ray starts.
+        if STOP.requested or error.code == signal.SIGTERM:
             return stopped_early()
         code = error.code if isinstance(error.code, int) else EXIT_FAILED
         return failure([f"a library ended the process with code {error.code}"], code)
@@ -80,7 +81,8 @@ def guarded(work: Callable[[], Outcome]) -> Outcome:
 
 def stopped_early() -> Outcome:
     """The outcome of a stop that came before there was anything to save."""
-    message = f"stopped by {STOP.signal_name} before training began; the same command starts it"
+    name = STOP.signal_name or "SIGTERM"
+    message = f"stopped by {name} before training began; the same command starts it"
     return Outcome(
         {"status": "stopped", "error": message, "problems": [message]},
         exit_code=EXIT_RESUMABLE,

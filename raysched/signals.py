@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C: the first asks for a clean, resumable stop, a second Ctrl-C interrupts.
 
 Installed before anything heavy is imported, so that a signal during the start counts too. Ray's
-`init` puts its own SIGTERM handler in place: call `STOP.install()` again after it.
+`init` puts its own SIGTERM handler in place: `STOP.restore()` after it takes the place back.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._callbacks: list[StopCallback] = []
+        self._installed = False
 
     @property
     def requested(self) -> bool:
@@ -32,6 +33,12 @@ class StopRequest:
             return
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
+        self._installed = True
+
+    def restore(self) -> None:
+        """Handle the signals again, if this process did so before a library took them."""
+        if self._installed:
+            self.install()
 
     def register(self, callback: StopCallback) -> None:
         """Call `callback(signal_name)` at the first signal; at once if it has already come."""

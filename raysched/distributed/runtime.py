@@ -7,6 +7,8 @@ import os
 import warnings
 from typing import Any
 
+from raysched.signals import STOP
+
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -54,6 +56,7 @@ def ensure_ray(num_cpus: int | None = None) -> Any:
             _node_ip_address="127.0.0.1",
             **common,
         )
+    STOP.restore()
     for name in ("ray", "ray.train", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return ray
