@@ -140,6 +140,9 @@ def _write(path: Path, source: DecodedSource) -> None:
         metadata={_METADATA_KEY: json.dumps(described).encode()},
     )
     table = pa.Table.from_arrays([pixels, pa.array(source.labels)], schema=schema)
+    # Whoever holds the lock is the only writer: other temporary files are a killed one's.
+    for abandoned in path.parent.glob(f".{path.name}.*.tmp"):
+        abandoned.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

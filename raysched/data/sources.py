@@ -192,8 +192,17 @@ def _decode_folder(config: DataConfig) -> DecodedSource:
 
 
 def file_identity(path: Path, root: Path) -> list[str | int]:
-    """Name below `root`, size in bytes and time of the last change in ns."""
-    status = path.stat()
+    """Name below `root`, size in bytes and time of the last change in ns.
+
+    Raises:
+        DataError: a link that leads nowhere, or a file that may not be looked at.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{path}: can't be read ({error.strerror or error}); repair or remove it"
+        ) from error
     return [os.path.relpath(path, root), status.st_size, status.st_mtime_ns]
 
 

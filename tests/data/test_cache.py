@@ -110,6 +110,15 @@ def test_a_file_where_the_folder_should_be_is_a_message_with_the_key(tmp_path):
             cached_source(digits(folder))
 
 
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
+    path = cache_path(digits(tmp_path))
+    abandoned = tmp_path / f".{path.name}.123.tmp"
+    abandoned.write_bytes(b"half")
+    cached_source(digits(tmp_path))
+    assert path.is_file()
+    assert not abandoned.exists()
+
+
 FULL_DISK_PROGRAM = """
 import json, resource, sys
 from raysched.config.run import DataConfig

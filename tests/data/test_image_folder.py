@@ -53,6 +53,14 @@ def test_a_linked_class_folder_is_followed_and_a_circle_is_not(tmp_path):
     assert len(list_folder(tmp_path / "root").files) == 2
 
 
+def test_a_link_to_a_file_that_is_gone_is_named(tmp_path):
+    root = tmp_path / "images"
+    paint(root / "a.png")
+    (root / "b.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(DataError, match=r"b\.png: can't be read .*repair or remove it"):
+        load_dataset(folder_config(root, tmp_path))
+
+
 def test_hidden_files_and_litter_are_no_mistake(tmp_path):
     paint(tmp_path / "a.png")
     (tmp_path / ".DS_Store").write_text("x")
