@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -11,6 +12,8 @@ from raysched.evaluation.grids import sample_grid, save_png
 from raysched.training.files import storage_errors
 from raysched.training.protocols import Tracker
 from raysched.training.setup import Run
+
+log = logging.getLogger(__name__)
 
 FINAL_SAMPLES_FILE = "final_samples.safetensors"
 PIPELINE_FOLDER = "pipeline"
@@ -34,7 +37,11 @@ def evaluate_run(run: Run, run_dir: Path, tracker: Tracker, *, final: bool) -> d
             schedule=run.schedule,
             num_samples=settings.final_num_samples if final else settings.num_samples,
             meter=run.meter,
+            # The free rival is shown beside the result; during training it would cost half again.
+            with_epsilon_scaling=final,
         )
+    for note in evaluation.notes:
+        log.warning("step %d: %s", run.step, note)
     samples = evaluation.samples[max(settings.nfe)]
     grid = sample_grid(
         samples,
