@@ -76,40 +76,49 @@ def flatten(
     Returns:
         The entries, and the mistakes in keys and sections; values aren't checked yet.
     """
-    entries: Entries = {}
-    findings: list[Finding] = []
-    spelled: dict[str, str] = {}
+    walk = _Walk(layout, place)
+    walk.into(mapping, "")
+    return walk.entries, walk.findings
 
-    def walk(level: Mapping[Any, Any], prefix: str) -> None:
+
+class _Walk:
+    """Collects the entries of one file; `spelled` is how each key was written."""
+
+    def __init__(self, layout: Layout, place: str) -> None:
+        self.layout, self.place = layout, place
+        self.entries: Entries = {}
+        self.findings: list[Finding] = []
+        self.spelled: dict[str, str] = {}
+
+    def into(self, level: Mapping[Any, Any], prefix: str) -> None:
+        """Collect the settings of a section and of those inside it."""
         for key, value in level.items():
             if not isinstance(key, str):
                 text = f"a key must be text, got {show(key)}; write it in quotes"
-                findings.append(Finding(place, prefix.rstrip("."), text))
+                self.findings.append(Finding(self.place, prefix.rstrip("."), text))
                 continue
-            path = prefix + key
-            if not prefix:
-                path = layout.resolve(_undashed(key, layout))
-            if "." in key:
-                findings.append(unknown_key(place, prefix + key, layout))
-            elif path in layout.sections:
-                if isinstance(value, Mapping):
-                    walk(value, path + ".")
-                else:
-                    findings.append(not_a_section(place, path, value))
-            elif path not in layout.leaves:
-                findings.append(unknown_key(place, prefix + key, layout))
-            elif path in entries and not same(entries[path].value, value):
-                text = (
-                    f"is given twice, as {spelled[path]}: {show(entries[path].value)} "
-                    f"and {prefix + key}: {show(value)}; keep one"
-                )
-                findings.append(Finding(place, path, text, frozenset({path})))
+            written = prefix + key
+            path = written if prefix else self.layout.resolve(_undashed(key, self.layout))
+            if "." in key or path not in self.layout.sections | self.layout.leaves.keys():
+                self.findings.append(unknown_key(self.place, written, self.layout))
+            elif path in self.layout.leaves:
+                self._setting(path, written, value)
+            elif isinstance(value, Mapping):
+                self.into(value, path + ".")
             else:
-                entries[path] = Entry(value, place)
-                spelled[path] = prefix + key
+                self.findings.append(not_a_section(self.place, path, value))
 
-    walk(mapping, "")
-    return entries, findings
+    def _setting(self, path: str, written: str, value: Any) -> None:
+        before = self.entries.get(path)
+        if before is not None and not same(before.value, value):
+            text = (
+                f"is given twice, as {self.spelled[path]}: {show(before.value)} "
+                f"and {written}: {show(value)}; keep one"
+            )
+            self.findings.append(Finding(self.place, path, text, frozenset({path})))
+            return
+        self.entries[path] = Entry(value, self.place)
+        self.spelled[path] = written
 
 
 def _undashed(key: str, layout: Layout) -> str:

@@ -7,7 +7,7 @@ follow the YAML rules, except that text settings take what stands there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raysched.config.entries import (
@@ -127,7 +127,8 @@ def _unknown(token: Token, layout: Layout) -> Finding:
         if near:
             text = f"unknown option; did you mean {near}?"
             return Finding(COMMAND_LINE, f"--{token.key}", text)
-    return unknown_key(COMMAND_LINE, token.key, layout)
+    finding = unknown_key(COMMAND_LINE, token.key, layout)
+    return replace(finding, path=f"--{token.key}") if token.dashed else finding
 
 
 def parse_value(text: str, schema: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raysched.config.dimensions import read_points, read_space
+from raysched.config.dimensions import KINDS, read_points, read_space
 from raysched.config.entries import (
     COMMAND_LINE,
     Entries,
@@ -96,11 +96,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:
     base_given, wrong = resolve_tokens(for_base)
     findings += wrong
     entries = _with_budget({**entries, **given}, base_given, given, findings)
-    points = entries.get("search.points")
-    listed = points is not None and isinstance(points.value, list)
-    # Points are checked one by one, against the space.
-    checked = {p: e for p, e in entries.items() if p != "search.points" or not listed}
-    findings += check_values(checked, SWEEP)
+    # Points in a list are checked one by one, against the space.
+    listed = {p for p, e in entries.items() if p == "search.points" and isinstance(e.value, list)}
+    findings += check_values({p: e for p, e in entries.items() if p not in listed}, SWEEP)
+    findings += _repeated_seeds(entries)
 
     written, base_overrides, wrong = _base(entries, Path(path), source)
     findings += wrong
@@ -151,11 +150,9 @@ def _sweep_entries(tokens: Sequence[Token], file: Entries) -> tuple[Entries, lis
             current = free.get(head, file.get(head, Entry({}, COMMAND_LINE))).value
             current = dict(current) if isinstance(current, Mapping) else {}
             try:
-                path = RUN.resolve(key)
-                schema = RUN.leaves.get(path, {}) if head == "overrides" else {}
+                path, value = _free_form(head, key, token.text or "")
                 current = {k: v for k, v in current.items() if RUN.resolve(str(k)) != path}
-                value = parse_value(token.text or "", schema) if schema else None
-                current[path] = value if schema else parse_yaml(token.text or "")
+                current[path] = value
             except ValueError as error:
                 findings.append(Finding(COMMAND_LINE, token.key, f"can't be read: {error}"))
             free[head] = Entry(current, COMMAND_LINE)
@@ -166,6 +163,21 @@ def _sweep_entries(tokens: Sequence[Token], file: Entries) -> tuple[Entries, lis
         absolute = str(Path(entries["base"].value).absolute())
         entries["base"] = Entry(absolute, COMMAND_LINE)
     return {**entries, **free}, [*findings, *wrong]
+
+
+def _free_form(head: str, key: str, text: str) -> tuple[str, Any]:
+    """The run's setting that `space.KEY`, `space.KEY.KIND` or `overrides.KEY` names, and a value.
+
+    Raises:
+        ValueError: the text is no YAML value.
+    """
+    setting, _, kind = key.rpartition(".")
+    if head == "space" and setting and kind in KINDS:
+        return RUN.resolve(setting), {kind: parse_yaml(text)}
+    path = RUN.resolve(key)
+    if head == "overrides" and path in RUN.leaves:
+        return path, parse_value(text, RUN.leaves[path])
+    return path, parse_yaml(text)
 
 
 def _with_budget(
@@ -179,6 +191,15 @@ def _with_budget(
         text = f"must be given once, got {units[0]} and {BUDGET}; keep one"
         findings.append(Finding(COMMAND_LINE, units[0], text))
     return {p: e for p, e in entries.items() if p != BUDGET}
+
+
+def _repeated_seeds(entries: Entries) -> list[Finding]:
+    """A finding if a seed is given twice: the same run would count as two."""
+    entry = entries.get("seeds")
+    seeds = entry.value if entry and isinstance(entry.value, list) else []
+    if entry is None or all(seed not in seeds[:n] for n, seed in enumerate(seeds)):
+        return []
+    return [Finding(entry.place, "seeds", f"must not repeat a seed, got {show(seeds)}")]
 
 
 def _base(entries: Entries, path: Path, source: str) -> tuple[Written, Entries, list[Finding]]:
@@ -236,7 +257,9 @@ def _sweep(
         return SweepConfig.model_validate(values), []
     except ValidationError as error:
         return None, [
-            Finding(source, ".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()
+            Finding(source, ".".join(map(str, e["loc"])), e["msg"])
+            for e in error.errors()
+            if "[key]" not in e["loc"]  # said where the key is resolved
         ]
 
 

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from raysched.config.loading import dump, load, load_mapping, write_yaml
+from raysched.config.parsing import parse_yaml
 from raysched.config.schema import run_schema, schema_text, sweep_schema
 from raysched.config.space import assign, baseline_config, load_sweep
 
@@ -68,6 +70,23 @@ def test_a_shipped_yaml_names_a_schema_that_exists(path):
 def test_the_committed_schema_is_the_one_that_the_code_makes(name, make):
     file = ROOT / "configs" / "schema" / f"{name}.schema.json"
     assert file.read_text(encoding="utf-8") == schema_text(make())
+
+
+@pytest.mark.parametrize("path", CONFIGS + SPACES, ids=lambda p: p.name)
+def test_a_shipped_file_and_its_dump_fit_the_schema(path):
+    is_sweep = path.parent.name == "tune_spaces"
+    jsonschema.validate(parse_yaml(path.read_text()), sweep_schema() if is_sweep else run_schema())
+    if not is_sweep:
+        jsonschema.validate(dump(load(path).config), run_schema())
+
+
+def test_the_schema_refuses_what_the_loader_refuses():
+    for wrong in ({"sed": 1}, {"scheduled_sampling_grid": 0}, {"model": {"kind": "unett"}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, run_schema())
+    two = {"space": {"seed": {"choice": [1], "grid": [1]}}}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(two, sweep_schema())
 
 
 def test_the_schemas_know_flat_keys_and_refuse_others():

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from raysched.config.entries import nest
+from raysched.config.fields import RUN, SWEEP
 from raysched.config.loading import load_mapping
 from raysched.config.space import assign, baseline_config, load_sweep, sweep_budget
 from raysched.config.sweep import SweepConfig
@@ -139,6 +141,58 @@ def test_a_point_outside_the_space_is_refused(sweep, value):
         sweep, space={K: {"randint": [1, 3]}}, search={"points": [{K: 1}, {K: value}]}
     )
     assert line.startswith(f"search.points[1].{K}: must lie in randint [1, 3], got ")
+
+
+def test_a_seed_counts_once(sweep):
+    space = {K: {"choice": [1]}}
+    assert problems(sweep, space=space, seeds=[3, 3]) == [
+        "seeds: must not repeat a seed, got [3, 3]"
+    ]
+
+
+def test_a_dimension_can_be_replaced_on_the_command_line(sweep):
+    space = {K: {"choice": [1]}}
+    loaded = sweep(f"space.{K}.randint=[2, 9]", f"space.{SS}_grid.choice=[5, 10]", space=space)
+    assert loaded.sweep.space[K].values == (2, 9)
+    assert loaded.sweep.space[f"{SS}.grid"].values == (5, 10)
+
+
+ODD_VALUES = [
+    None,
+    True,
+    -1,
+    10**400,
+    float("nan"),
+    "x",
+    "\ud800",
+    [],
+    [[1]],
+    {},
+    {1: 2},
+    {"a": [1]},
+]
+
+
+def told(load, *args):
+    """The lines about a mistake, or none."""
+    try:
+        load(*args)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=range(len(ODD_VALUES)))
+def test_odd_values_anywhere_give_lines_and_never_a_traceback(value, monkeypatch):
+    lines = []
+    for path in [*RUN.leaves, *RUN.sections]:
+        lines += told(load_mapping, nest({path: value}), "s.yaml")
+    for path in [*SWEEP.leaves, *SWEEP.sections]:
+        mapping = {"space": {K: {"choice": [1]}}, **nest({path: value})}
+        monkeypatch.setattr("raysched.config.space.read_mapping", lambda p, s, m=mapping: m)
+        lines += told(load_sweep, "s.yaml")
+    assert lines
+    assert all(line.startswith("s.yaml: ") and line.isprintable() for line in lines)
 
 
 def test_the_base_is_found_beside_the_space_and_a_missing_one_is_told(sweep, monkeypatch):
