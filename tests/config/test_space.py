@@ -81,8 +81,8 @@ MISTAKES = [
         f"{SS}.sampler: grid needs search.algorithm grid, got tpe; use choice",
     ),
     (
-        {f"{SS}.sampler": {"choise": ["euler"]}},
-        f"{SS}.sampler: 'choise' is no kind; it must be one of choice, uniform, loguniform, "
+        {f"{SS}.sampler": {"choyce": ["euler"]}},
+        f"{SS}.sampler: 'choyce' is no kind; it must be one of choice, uniform, loguniform, "
         "randint, grid; did you mean choice?",
     ),
     ({f"{SS}.sampler": {"choice": []}}, f"{SS}.sampler: choice must be a list, not empty, got []"),
