@@ -131,13 +131,7 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
         if latents is not None and num_images is None:
             num_images = len(latents)
         labels = self.resolve_labels(class_labels, num_images)
-        settings = self.network.config
-        shape = (len(labels), settings.in_channels, settings.sample_size, settings.sample_size)
-        if latents is None:
-            latents = randn_tensor(shape, generator, self._execution_device, torch.float32)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"latents: must have shape {shape}, got {tuple(latents.shape)}")
-        sample = latents.to(self._execution_device, torch.float32)
+        sample = self.initial_noise(len(labels), generator, latents)
         self.set_nodes(num_inference_steps)
         sample = sample * self.scheduler_scale()
         label_tensor = torch.tensor(labels, dtype=torch.int64, device=sample.device)
@@ -148,6 +142,22 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
             sample = self.scheduler.step(output, time, sample, return_dict=False)[0]
         images = self.finish(sample, output_type)
         return ClassPipelineOutput(images, labels) if return_dict else (images,)
+
+    def initial_noise(
+        self,
+        num_images: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The given noise, or a fresh draw: (B, C, H, W) in fp32 on the network's device."""
+        edge = self.network.config.sample_size
+        shape = (num_images, self.network.config.in_channels, edge, edge)
+        if latents is None:
+            noise = randn_tensor(shape, generator, self._execution_device, torch.float32)
+            return cast(torch.Tensor, noise)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents: must have shape {shape}, got {tuple(latents.shape)}")
+        return latents.to(self._execution_device, torch.float32)
 
     def resolve_labels(self, class_labels: Any, num_images: int | None) -> list[int]:
         """Class numbers of the images, from names, numbers or nothing."""
