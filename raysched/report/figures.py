@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,54 +12,47 @@ from raysched.tuning.records import TrialRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours: told apart by everyone.
 BASELINE, WINNER, OTHER, FAILED = "#0072B2", "#D55E00", "#7F7F7F", "#CC79A7"
-SIZE_INCHES = (7.6, 4.8)
+# By the number of panels.
+SIZES_INCHES = {1: (7.6, 4.8), 2: (9.6, 4.8)}
 DPI = 130
 # More names than this hide each other.
 MAX_NAMES = 12
+MAX_RANKED = 25
+LOG_FROM_RATIO = 5
 
 
 def pareto_figure(
     trials: Sequence[TrialRecord], *, budget: float, label: str, winner: int | None
 ) -> Figure:
-    """Quality against compute: the best that each trial reached, with the non-dominated front.
+    """Quality against compute with the non-dominated front; beside it who reached the budget.
 
     Args:
         trials: all trials.
         budget: forward equivalents of a full trial.
-        label: name of q for the axis.
+        label: name of q for the axes.
         winner: number of the trial to mark.
     """
-    figure, axes = _figure()
+    figure, (axes, ranking) = _figure(columns=2)
     shown = [t for t in trials if _drawable(t)]
     for trial in shown:
-        colour, marker = _style(trial, winner)
-        axes.errorbar(
-            trial.forward_equivalents,
-            trial.q,
-            yerr=_error_bar(trial),
-            fmt=marker,
-            color=colour,
-            markersize=9 if trial.baseline or trial.number == winner else 6,
-            capsize=3,
-            elinewidth=1,
-            alpha=0.95,
-            zorder=3 if trial.baseline or trial.number == winner else 2,
-        )
-    front = non_dominated([(t.forward_equivalents, t.q) for t in shown if t.q is not None])
+        _draw_point(axes, trial, winner)
+    valid = [t for t in shown if t.status != "failed"]
+    front = non_dominated([(t.forward_equivalents, _q(t)) for t in valid])
     if front:
         # A step: between two trials nothing better than the cheaper one is known.
         x, y = zip(*front, strict=True)
-        axes.step(
-            [*x, budget * 1.02], [*y, y[-1]], where="post", color="black", lw=1, ls="--", zorder=1
-        )
-    _name_points(axes, shown, winner)
-    axes.set_xlabel("compute, forward equivalents")
+        axes.step([*x, budget * 1.05], [*y, y[-1]], where="post", color="black", lw=1, ls="--")
+    _name_points(axes, [t for t in shown if t.status != "finished"], winner)
+    ends = [t.q_low for t in shown if t.q_low is not None and math.isfinite(t.q_low)]
+    _scale(axes.yaxis, axes.set_yscale, [*ends, *map(_q, shown)])
     axes.set_ylabel(f"{label} (lower is better)")
-    axes.set_title("Quality against compute: all trials and the non-dominated front")
+    axes.set_title("All trials and the non-dominated front", fontsize=10)
+    _draw_ranking(ranking, [t for t in shown if t.status == "finished"], winner, label)
     _finish(axes, shown, budget, winner)
     return figure
 
@@ -75,7 +68,7 @@ def curves_figure(
         label: name of q for the axis.
         winner: number of the trial to mark.
     """
-    figure, axes = _figure()
+    figure, (axes,) = _figure(columns=1)
     shown = [t for t in trials if any(math.isfinite(point.q) for point in t.curve)]
     for trial in shown:
         colour, marker = _style(trial, winner)
@@ -93,11 +86,9 @@ def curves_figure(
             zorder=3 if special else 2,
         )
     values = [point.q for trial in shown for point in trial.curve if math.isfinite(point.q)]
-    if values and min(values) > 0 and max(values) / min(values) > 10:
-        axes.set_yscale("log")
-    axes.set_xlabel("compute, forward equivalents")
+    _scale(axes.yaxis, axes.set_yscale, values)
     axes.set_ylabel(f"{label} (lower is better)")
-    axes.set_title("Quality as compute is spent (dotted: stopped early)")
+    axes.set_title("Quality as compute is spent (dotted: stopped early)", fontsize=10)
     _finish(axes, shown, budget, winner)
     return figure
 
@@ -117,14 +108,72 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _figure() -> tuple[Figure, Axes]:
+def _figure(*, columns: int) -> tuple[Figure, Sequence[Axes]]:
     # Not pyplot: it keeps every figure, and picks a backend that may want a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure = Figure(figsize=SIZES_INCHES[columns], layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    ratios = [3, 2][:columns]
+    axes = figure.subplots(1, columns, squeeze=False, gridspec_kw={"width_ratios": ratios})
+    for each in axes[0]:
+        each.grid(visible=True, color="0.92")
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[0])
+
+
+def _scale(axis: Axis, set_scale: Callable[[str], None], values: Sequence[float]) -> None:
+    """A log axis where values span much; KID may be negative, then it stays linear."""
+    from matplotlib.ticker import LogFormatter, NullFormatter
+
+    if values and min(values) > 0 and max(values) / min(values) > LOG_FROM_RATIO:
+        set_scale("log")
+        axis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        if max(values) / min(values) > 100:
+            axis.set_minor_formatter(NullFormatter())
+
+
+def _q(trial: TrialRecord) -> float:
+    assert trial.q is not None, "only trials with a quality are drawn"
+    return trial.q
+
+
+def _draw_point(axes: Axes, trial: TrialRecord, winner: int | None) -> None:
+    colour, marker = _style(trial, winner)
+    special = trial.baseline or trial.number == winner
+    axes.errorbar(
+        trial.forward_equivalents,
+        _q(trial),
+        yerr=_error_bar(trial),
+        fmt=marker,
+        color=colour,
+        markersize=8 if special else 5,
+        capsize=3,
+        elinewidth=1,
+        zorder=3 if special else 2,
+    )
+
+
+def _draw_ranking(
+    axes: Axes, finished: Sequence[TrialRecord], winner: int | None, label: str
+) -> None:
+    """The trials that reached the budget, best at the top, with their intervals."""
+    ranked = sorted(finished, key=_q)[:MAX_RANKED]
+    for row, trial in enumerate(ranked):
+        colour, marker = _style(trial, winner)
+        axes.errorbar(
+            _q(trial), row, xerr=_error_bar(trial), fmt=marker, color=colour, capsize=3, ms=7
+        )
+    names = ["baseline" if trial.baseline else f"{trial.number:03d}" for trial in ranked]
+    axes.set_yticks(range(len(ranked)), names)
+    axes.set_ylim(max(len(ranked), 1) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_title("At the full budget", fontsize=10)
 
 
 def _drawable(trial: TrialRecord) -> bool:
@@ -169,12 +218,10 @@ def _finish(axes: Axes, shown: Sequence[TrialRecord], budget: float, winner: int
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
+    axes.set_xlabel("compute, forward equivalents")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.axvline(budget, color="0.8", lw=1, zorder=0)
     axes.set_xlim(0, budget * 1.08)
-    axes.grid(visible=True, color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     entries = {}
     for trial in shown:
         if trial.baseline:

@@ -5,6 +5,7 @@ Legend: n images, C channels, H and W pixels.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 ROWS_PER_BLOCK = 2
 MAX_CLASSES = 10
-MARGIN, TITLE_HEIGHT, FONT_SIZE = 10, 26, 14
+MARGIN, LINE_HEIGHT, FONT_SIZE = 10, 18, 14
+MIN_WIDTH, CHARACTER_WIDTH = 420, 8
 Block = tuple[TrialRecord, Mapping[int, "Tensor"], "Tensor"]
 
 
@@ -51,21 +53,24 @@ def sample_sheet(blocks: Sequence[Block]) -> NDArray[np.uint8]:
 def _title(trial: TrialRecord, nfe: int) -> str:
     name = "teacher forcing" if trial.baseline else f"trial {trial.name}: {settings_text(trial)}"
     quality = "" if trial.q is None else f", q {number_text(trial.q)}"
-    return f"{nfe} evaluations – {name}{quality}"
+    return f"{nfe} network evaluations, {name}{quality}"
 
 
 def _stacked(strips: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.uint8]:
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=FONT_SIZE)
-    titles = max(font.getlength(title) for title, _ in strips)
-    width = max(int(titles) + 1, max(grid.shape[1] for _, grid in strips)) + 2 * MARGIN
-    height = MARGIN + sum(TITLE_HEIGHT + grid.shape[0] + MARGIN for _, grid in strips)
-    sheet = Image.new("RGB", (width, height), "white")
+    widest = max(MIN_WIDTH, *(grid.shape[1] for _, grid in strips))
+    wrapped = [textwrap.wrap(title, widest // CHARACTER_WIDTH) for title, _ in strips]
+    rows = sum(len(lines) for lines in wrapped)
+    height = MARGIN + rows * LINE_HEIGHT + sum(grid.shape[0] + 2 * MARGIN for _, grid in strips)
+    sheet = Image.new("RGB", (widest + 2 * MARGIN, height), "white")
     draw = ImageDraw.Draw(sheet)
     top = MARGIN
-    for title, grid in strips:
-        draw.text((MARGIN, top), title, fill="black", font=font)
-        sheet.paste(Image.fromarray(grid), (MARGIN, top + TITLE_HEIGHT))
-        top += TITLE_HEIGHT + grid.shape[0] + MARGIN
+    for lines, (_, grid) in zip(wrapped, strips, strict=True):
+        for line in lines:
+            draw.text((MARGIN, top), line, fill="black", font=font)
+            top += LINE_HEIGHT
+        sheet.paste(Image.fromarray(grid), (MARGIN, top + MARGIN // 2))
+        top += grid.shape[0] + 2 * MARGIN
     return np.asarray(sheet, dtype=np.uint8).copy()

@@ -9,6 +9,7 @@ from raysched.report.table import write_csv, write_json_table
 from raysched.training.files import storage_errors
 from raysched.tuning.compare import final_samples, metric_name, run_folders
 from raysched.tuning.records import SweepResult, TrialRecord
+from raysched.tuning.verdict import best
 
 REPORT_FOLDER = "report"
 
@@ -21,8 +22,8 @@ def write_report(result: SweepResult, config: RunConfig) -> dict[str, str]:
         config: its base run.
 
     Returns:
-        Name -> path: table_csv, table_json, pareto, curves, sample_grid (and, where the winner is
-        not the baseline, a block of both), samples_<trial> for the runs' own grids.
+        Name -> path: table_csv, table_json, pareto, curves, sample_grid (the baseline and the best
+        candidate from the same noise).
 
     Raises:
         StorageError: the folder can't be written.
@@ -50,9 +51,7 @@ def write_report(result: SweepResult, config: RunConfig) -> dict[str, str]:
 
 
 def _with_samples(result: SweepResult) -> list[TrialRecord]:
-    """The baseline, and the best candidate that reached the budget, as far as they have samples."""
-    from raysched.tuning.verdict import best
-
+    """The baseline and the best candidate that reached the budget, where they have samples."""
     candidate = best([trial for trial in result.trials if not trial.baseline])
     trials = [trial for trial in (result.baseline, candidate) if trial is not None]
     return [t for t in trials if (run_folders(t)[0] / "final_samples.safetensors").is_file()]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
@@ -44,7 +44,9 @@ class Progress:
         if self._console.is_terminal:
             self._live = Live(
                 console=self._console,
-                get_renderable=lambda: trial_table(self._records(), budget=self._budget),
+                get_renderable=lambda: trial_table(
+                    self._console, self._records(), budget=self._budget
+                ),
                 refresh_per_second=2,
                 redirect_stdout=False,
                 redirect_stderr=False,
@@ -85,36 +87,59 @@ def progress_line(event: str, record: TrialRecord, budget: float) -> str:
 
 
 def trial_table(
-    records: Sequence[TrialRecord], *, budget: float, winner: int | None = None
-) -> Table:
-    """The trials as a table: settings, quality with its interval, compute, status.
+    console: Console,
+    records: Sequence[TrialRecord],
+    *,
+    budget: float,
+    winner: int | None = None,
+) -> RenderableType:
+    """The trials: settings, quality with its interval, compute, status.
 
     Args:
+        console: where it will be shown; too narrow for a column per setting, it gets two tables.
         records: the trials.
         budget: forward equivalents of a trial.
         winner: number of the trial to mark.
     """
     keys = swept_keys(records)
+    table = _table(records, keys, budget, winner)
+    unbounded = console.options.update(max_width=500)
+    if console.measure(table, options=unbounded).maximum <= console.width:
+        return table
+    settings = Table(box=None, pad_edge=False, header_style="bold")
+    settings.add_column("trial", no_wrap=True)
+    settings.add_column("settings")
+    for record in records:
+        settings.add_row(record.name + _mark(record, winner), settings_text(record))
+    return Group(_table(records, [], budget, winner), "", settings)
+
+
+def _table(
+    records: Sequence[TrialRecord], keys: Sequence[str], budget: float, winner: int | None
+) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("trial", no_wrap=True)
     for key in keys:
-        table.add_column(key.rsplit(".", 1)[-1], justify="right", overflow="fold")
+        table.add_column(key.rsplit(".", 1)[-1], justify="right", no_wrap=True)
     table.add_column("q [interval]", justify="right", no_wrap=True)
-    table.add_column("compute, FE", justify="right", no_wrap=True)
-    table.add_column("status", overflow="fold")
+    table.add_column("FE spent", justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
     for record in records:
         spent = record.forward_equivalents
         share = f"{spent:,.0f} ({100 * spent / budget:.0f} %)" if spent else "–"
-        mark = " *" if record.number == winner else ""
         table.add_row(
-            record.name + mark,
+            record.name + _mark(record, winner),
             *(settings_cell(record, key) for key in keys),
             quality_text(record),
             share,
             STATUS_WORDS[record.status],
-            style=STATUS_STYLES.get(record.status) if winner is None else None,
+            style=STATUS_STYLES.get(record.status),
         )
     return table
+
+
+def _mark(record: TrialRecord, winner: int | None) -> str:
+    return " *" if record.number == winner else ""
 
 
 def swept_keys(records: Iterable[TrialRecord]) -> list[str]:
