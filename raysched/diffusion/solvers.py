@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from raysched.config.run import PredictionType, SolverName
-from raysched.diffusion.multistep import dpm_terms, unipc_terms
+from raysched.diffusion.multistep import Terms, dpm_terms, unipc_terms
 from raysched.diffusion.parameterization import eps_coefficients, x0_coefficients
 from raysched.diffusion.schedules import MODEL_TIME_SCALE, NoiseSchedule
 
@@ -109,7 +109,7 @@ class Nodes:
         to_eps = eps_coefficients(prediction_type, alpha, sigma)
         if scaling is not None:
             usable = alpha >= EPSILON_SCALING_ALPHA_FLOOR
-            divisor = torch.where(usable, scaling, 1.0)
+            divisor = torch.where(usable, torch.full_like(alpha, scaling), torch.ones_like(alpha))
             scaled = (to_eps[0] / divisor, to_eps[1] / divisor)
             safe = alpha.clamp_min(EPSILON_SCALING_ALPHA_FLOOR)
             x0 = ((1 - sigma * scaled[0]) / safe, -sigma * scaled[1] / safe)
@@ -225,7 +225,7 @@ def build_table(
     return SolverTable(program, coefficients, timesteps, num_forwards)
 
 
-def _euler_terms(nodes: Nodes) -> dict[tuple[str, str], Tensor]:
+def _euler_terms(nodes: Nodes) -> Terms:
     """First order in x and the raw output, (L, S) each."""
     alpha, sigma = nodes.alpha, nodes.sigma
     ratio = sigma[:, 1:] / sigma[:, :-1]
@@ -240,50 +240,62 @@ def _rk4_terms(
     nodes: Nodes,
     prediction_type: PredictionType,
     scaling: float | None,
-) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
+) -> tuple[Terms, Tensor]:
     """Four stages per step, (L, 4 S); the state is x = g·z with dz/d(time) = D(x)."""
     flow = schedule.is_flow
-    alpha, sigma = nodes.alpha, nodes.sigma
-    time = sigma if flow else sigma / alpha
-    g = torch.ones_like(alpha) if flow else alpha
+    time = nodes.sigma if flow else nodes.sigma / nodes.alpha
+    g = torch.ones_like(time) if flow else nodes.alpha
     middle = 0.5 * (time[:, :-1] + time[:, 1:])
     if flow:
-        alpha_mid, sigma_mid, model_mid = 1 - middle, middle, MODEL_TIME_SCALE * middle
-        g_mid = torch.ones_like(middle)
+        alpha_mid, g_mid, model_mid = (
+            1 - middle,
+            torch.ones_like(middle),
+            MODEL_TIME_SCALE * middle,
+        )
+        sigma_mid = middle
     else:
-        g_mid = alpha_mid = 1 / torch.sqrt(1 + middle**2)
+        alpha_mid = g_mid = 1 / torch.sqrt(1 + middle**2)
         sigma_mid, model_mid = middle * alpha_mid, schedule.index_at_ratio(middle)
     mid = Nodes.at(alpha_mid, sigma_mid, prediction_type, scaling).derivative(flow)
     at = nodes.derivative(flow)
-    stages_x = (at[0][:, :-1], mid[0], mid[0], at[0][:, 1:])
-    stages_out = (at[1][:, :-1], mid[1], mid[1], at[1][:, 1:])
-    span, zero, one = time[:, 1:] - time[:, :-1], torch.zeros_like(middle), torch.ones_like(middle)
-    g_from, g_to = g[:, :-1], g[:, 1:]
-    # The weight that a stage's derivative has in its own move; the last one moves by `acc`.
+    d_x, d_out = ((d[:, :-1], m, m, d[:, 1:]) for d, m in zip(at, mid, strict=True))
+    span, g_from, g_to = time[:, 1:] - time[:, :-1], g[:, :-1], g[:, 1:]
+    terms = _rk4_stages(d_x, d_out, span, g_from, g_mid, g_to)
+    final = nodes.sigma[:, 1:] == 0
+    euler = _euler_terms(nodes)
+    for source, stages in (("base", None), ("x", euler["x", "x"]), ("out", euler["x", "out"])):
+        first = torch.zeros_like(span) if stages is None else stages
+        first = torch.where(final, first, terms["x", source][..., 0])
+        terms["x", source] = torch.cat([first[..., None], terms["x", source][..., 1:]], dim=-1)
+    model = schedule.model_time(nodes_u)
+    times = torch.stack([model[:, :-1], model_mid, model_mid, model[:, 1:]], dim=2)
+    return {key: value.flatten(1) for key, value in terms.items()}, times.flatten(1)
+
+
+def _rk4_stages(
+    d_x: tuple[Tensor, ...],
+    d_out: tuple[Tensor, ...],
+    span: Tensor,
+    g_from: Tensor,
+    g_mid: Tensor,
+    g_to: Tensor,
+) -> Terms:
+    """Coefficients (L, S, 4) of the stages: three trial moves by D, then the one by `acc`."""
+    zero, one = torch.zeros_like(span), torch.ones_like(span)
     move = (0.5 * span * g_mid, 0.5 * span * g_mid, span * g_to, zero)
     weights = (1.0, 2.0, 2.0, 1.0)
-    scale = (g_mid / g_from, g_mid / g_from, g_to / g_from, g_to / g_from)
-    final = sigma[:, 1:] == 0
-    euler = _euler_terms(nodes)
-    first_x = torch.where(final, euler["x", "x"], move[0] * stages_x[0])
-    first_out = torch.where(final, euler["x", "out"], move[0] * stages_out[0])
-    x_terms = (first_x, *(m * d for m, d in zip(move[1:], stages_x[1:], strict=True)))
-    out_terms = (first_out, *(m * d for m, d in zip(move[1:], stages_out[1:], strict=True)))
-    terms = {
+    stages = {
         ("acc", "acc"): (zero, one, one, one),
-        ("acc", "x"): tuple(w * d for w, d in zip(weights, stages_x, strict=True)),
-        ("acc", "out"): tuple(w * d for w, d in zip(weights, stages_out, strict=True)),
-        ("x", "base"): (torch.where(final, zero, scale[0]), *scale[1:]),
+        ("acc", "x"): tuple(w * d for w, d in zip(weights, d_x, strict=True)),
+        ("acc", "out"): tuple(w * d for w, d in zip(weights, d_out, strict=True)),
+        ("x", "base"): tuple(to / g_from for to in (g_mid, g_mid, g_to, g_to)),
         ("x", "acc"): (zero, zero, zero, span * g_to / 6),
-        ("x", "x"): x_terms,
-        ("x", "out"): out_terms,
+        ("x", "x"): tuple(m * d for m, d in zip(move, d_x, strict=True)),
+        ("x", "out"): tuple(m * d for m, d in zip(move, d_out, strict=True)),
         ("base", "base"): (one, one, one, zero),
         ("base", "x"): (zero, zero, zero, one),
     }
-    model = schedule.model_time(nodes_u)
-    times = torch.stack([model[:, :-1], model_mid, model_mid, model[:, 1:]], dim=2).flatten(1)
-    flat = {key: torch.stack(list(value), dim=2).flatten(1) for key, value in terms.items()}
-    return flat, times
+    return {key: torch.stack(list(values), dim=-1) for key, values in stages.items()}
 
 
 def expected_forwards(solver: SolverName, num_steps: int, *, to_data: bool) -> int:
