@@ -1,0 +1,134 @@
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+from raysched.config.sweep import EarlyStoppingConfig
+from raysched.training.stop import request_stop
+from raysched.tuning.records import FORWARD_EQUIVALENTS, OBJECTIVE, Point, TrialRecord
+from raysched.tuning.scheduler import ComputeHalving
+
+BUDGET = 1000.0
+
+
+@dataclass
+class Trial:
+    number: int
+    baseline: bool = False
+    config: dict = field(init=False)
+    trial_id: str = field(init=False)
+
+    def __post_init__(self):
+        self.config = {"trial_number": self.number, "baseline": self.baseline}
+        self.trial_id = f"ray-{self.number}"
+
+
+def report(spent: float, q: float, **more) -> dict:
+    return {FORWARD_EQUIVALENTS: spent, OBJECTIVE: q, "run_dir": "", "ended": False, **more}
+
+
+def halving(pruned: list, **config) -> ComputeHalving:
+    settings = EarlyStoppingConfig(**config)
+    return ComputeHalving(settings, budget=BUDGET, prune=lambda *call: pruned.append(call))
+
+
+@pytest.mark.parametrize("factor", [2.0, 3.0, 4.0])
+def test_it_prunes_whom_plain_asha_stops_on_random_curves(factor):
+    rng = random.Random(0)
+    pruned: list = []
+    ours = halving(pruned, grace_fraction=0.1, reduction_factor=factor)
+    plain = AsyncHyperBandScheduler(
+        time_attr=FORWARD_EQUIVALENTS,
+        metric=OBJECTIVE,
+        mode="min",
+        max_t=BUDGET,
+        grace_period=100.0,
+        reduction_factor=factor,
+        stop_last_trials=False,
+    )
+    stopped = set()
+    trials = [Trial(n) for n in range(1, 31)]
+    for trial in trials:
+        ours.on_trial_add(None, trial)
+        plain.on_trial_add(None, trial)
+    for spent in range(100, 1000, 100):
+        for trial in trials:
+            if trial.number in stopped:
+                continue
+            result = report(float(spent), rng.random() / spent)
+            if plain.on_trial_result(None, trial, result) == TrialScheduler.STOP:
+                stopped.add(trial.number)
+            assert ours.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
+    assert {number for number, _, _ in pruned} == stopped
+    assert 10 < len(stopped) < 30
+
+
+def test_the_baseline_is_neither_pruned_nor_a_competitor():
+    pruned: list = []
+    scheduler = halving(pruned)
+    baseline, first, second = Trial(0, baseline=True), Trial(1), Trial(2)
+    for trial in (baseline, first, second):
+        scheduler.on_trial_add(None, trial)
+    scheduler.on_trial_result(None, first, report(250.0, 0.5))
+    scheduler.on_trial_result(None, baseline, report(250.0, 9.0))
+    scheduler.on_trial_result(None, second, report(250.0, 0.6))
+    # Were the baseline's 9.0 in the rung, 0.6 would be in its better half.
+    assert [number for number, _, _ in pruned] == [2]
+
+
+def test_nobody_is_pruned_at_the_budget_or_by_a_last_report_or_by_odd_numbers():
+    pruned: list = []
+    scheduler = halving(pruned)
+    for trial in (good := Trial(1), bad := Trial(2)):
+        scheduler.on_trial_add(None, trial)
+    for spent in (250.0, 500.0, 1000.0):
+        scheduler.on_trial_result(None, good, report(spent, 0.1))
+    scheduler.on_trial_result(None, bad, report(1000.0, 0.9))
+    scheduler.on_trial_result(None, bad, report(500.0, 0.9, ended=True))
+    scheduler.on_trial_result(None, bad, report(500.0, float("nan")))
+    scheduler.on_trial_result(None, bad, report(100.0, 0.9))
+    assert pruned == []
+
+
+def test_a_pruned_trial_is_asked_once_with_a_reason_that_names_the_rung():
+    pruned: list = []
+    scheduler = halving(pruned)
+    for trial in (good := Trial(1), bad := Trial(2)):
+        scheduler.on_trial_add(None, trial)
+    scheduler.on_trial_result(None, good, report(250.0, 0.1))
+    scheduler.on_trial_result(None, bad, report(250.0, 0.9, run_dir="/runs/2"))
+    scheduler.on_trial_result(None, bad, report(500.0, 0.9))
+    assert len(pruned) == 1
+    number, run_dir, reason = pruned[0]
+    assert (number, run_dir) == (2, "/runs/2")
+    assert "rung at 25 %" in reason
+    assert "0.9" in reason
+
+
+def test_a_resumed_sweep_prunes_by_the_rungs_of_the_earlier_session():
+    pruned: list = []
+    scheduler = halving(pruned)
+    earlier = TrialRecord(1, status="finished", curve=[Point(250.0, 0.1), Point(500.0, 0.05)])
+    gone = TrialRecord(2, status="pruned", curve=[Point(250.0, 0.9)])
+    scheduler.replay([TrialRecord(0, baseline=True), earlier, gone])
+    assert pruned == []
+    scheduler.on_trial_add(None, new := Trial(3))
+    scheduler.on_trial_result(None, new, report(250.0, 0.6))
+    assert [number for number, _, _ in pruned] == [3]
+
+
+def test_the_request_is_a_file_that_the_loop_understands(tmp_path: Path):
+    def prune(number: int, run_dir: str, reason: str) -> None:
+        request_stop(Path(run_dir), "pruned", reason)
+
+    scheduler = ComputeHalving(EarlyStoppingConfig(), budget=BUDGET, prune=prune)
+    for trial in (good := Trial(1), bad := Trial(2)):
+        scheduler.on_trial_add(None, trial)
+    scheduler.on_trial_result(None, good, report(250.0, 0.1))
+    scheduler.on_trial_result(None, bad, report(250.0, 0.9, run_dir=str(tmp_path)))
+    content = json.loads((tmp_path / ".stop").read_text())
+    assert content["status"] == "pruned"
+    assert "rung" in content["reason"]

@@ -1,0 +1,105 @@
+import random
+
+import pytest
+
+from raysched.tuning.records import TrialRecord
+from raysched.tuning.verdict import Comparison, best, decide, eligible, holm
+
+
+def trial(number: int, q: float | None, status: str = "finished") -> TrialRecord:
+    settings = {} if number == 0 else {"scheduled_sampling.max_step_offset": number}
+    return TrialRecord(number, baseline=number == 0, assignments=settings, status=status, q=q)
+
+
+def verdict(baseline_q: float, gains: dict[int, tuple[float, float]], seeds: int = 1):
+    trials = [trial(0, baseline_q), *(trial(n, baseline_q - g) for n, (g, _) in gains.items())]
+    comparisons = [Comparison(n, g, g - half, g + half) for n, (g, half) in gains.items()]
+    return decide(trials, comparisons, num_seeds=seeds, metric="KID")
+
+
+def test_a_clear_gain_names_the_winner_with_its_interval():
+    found = verdict(0.5, {1: (0.02, 0.05), 3: (0.2, 0.05)})
+    assert found.answer == "rollouts_pay"
+    assert (found.difference, found.num_compared, found.indicative) == (0.2, 2, True)
+    assert "trial 003 (max_step_offset=3) beats teacher forcing by 0.2 in KID" in found.text
+    assert "[0.15, 0.25]" in found.text
+    assert "(indicative: 1 seed" in found.text
+    assert "Holm" in found.text
+
+
+def test_when_even_the_best_is_worse_rollouts_do_not_pay():
+    found = verdict(0.5, {1: (-0.2, 0.05), 2: (-0.4, 0.05)})
+    assert found.answer == "rollouts_do_not_pay"
+    assert found.text.startswith("rollouts do not pay here: the best of them, trial 001")
+    assert "by 0.2 in KID [0.15, 0.25]" in found.text
+    assert found.difference == -0.2
+
+
+def test_an_interval_around_zero_is_no_clear_winner_and_reads_as_better_or_worse():
+    better, worse = verdict(0.5, {1: (0.02, 0.05)}), verdict(0.5, {1: (-0.02, 0.05)})
+    assert better.answer == worse.answer == "no_clear_winner"
+    assert "better than teacher forcing by 0.02 in KID [-0.03, 0.07]" in better.text
+    assert "worse than teacher forcing by 0.02 in KID [-0.03, 0.07]" in worse.text
+    assert better.text.startswith("no clear winner")
+
+
+def test_what_would_win_alone_may_not_win_among_many():
+    alone = verdict(0.5, {1: (0.06, 0.05)})
+    crowd = {n: (0.0001 * n, 0.05) for n in range(2, 12)}
+    among = verdict(0.5, {1: (0.06, 0.05), **crowd})
+    assert alone.answer == "rollouts_pay"
+    assert among.answer == "no_clear_winner"
+    assert among.p_value == pytest.approx(11 * alone.p_value)
+
+
+def test_without_a_candidate_at_the_budget_nothing_is_claimed():
+    trials = [trial(0, 0.5), trial(1, 0.1, "pruned"), trial(2, None, "failed")]
+    found = decide(trials, [], num_seeds=1, metric="KID")
+    assert found.answer == "no_clear_winner"
+    assert found.difference is None
+    assert "no candidate reached the budget" in found.text
+
+
+def test_only_trials_at_the_budget_with_a_finite_quality_compete():
+    trials = [
+        trial(0, 0.5),
+        trial(1, 0.1, "pruned"),
+        trial(2, float("nan")),
+        trial(3, 0.4),
+        trial(4, 0.2, "failed"),
+    ]
+    assert [t.number for t in eligible(trials)] == [0, 3]
+    assert best(trials).number == 3
+    assert best([trial(0, 0.4), trial(3, 0.4)]).baseline
+    assert best([]) is None
+
+
+def test_holm_agrees_with_a_worked_example():
+    # Sorted 0.01, 0.02, 0.03, 0.04: times 4, 3, 2, 1, then made monotone.
+    adjusted = holm({1: 0.04, 2: 0.01, 3: 0.03, 4: 0.02})
+    assert adjusted == pytest.approx({2: 0.04, 4: 0.06, 3: 0.06, 1: 0.06})
+    assert holm({1: 0.9, 2: 0.8}) == pytest.approx({2: 1.0, 1: 1.0})
+
+
+def test_equal_candidates_are_called_clear_winners_in_at_most_one_of_twenty():
+    rng = random.Random(0)
+    errors = 0
+    for _ in range(400):
+        # Seven candidates that all equal the baseline, each measured with unit error.
+        gains = {n: (rng.gauss(0, 1), 1.96) for n in range(1, 8)}
+        errors += verdict(0.0, gains).answer == "rollouts_pay"
+    assert errors <= 24
+
+
+def test_a_known_gain_of_four_standard_errors_is_found():
+    rng = random.Random(1)
+    found = 0
+    for _ in range(200):
+        gains = {n: (rng.gauss(4.5 if n == 3 else 0, 1), 1.96) for n in range(1, 8)}
+        found += verdict(0.0, gains).answer == "rollouts_pay"
+    assert found >= 180
+
+
+def test_an_interval_without_width_is_certain():
+    assert Comparison(1, 0.1, 0.1, 0.1).p_value == 0.0
+    assert Comparison(1, 0.0, 0.0, 0.0).p_value == 1.0
