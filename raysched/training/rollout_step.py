@@ -23,14 +23,16 @@ class RolledInputs:
         num_rolled: R on this rank.
         clean_prediction: (b, C, H, W), the prediction at x_t of rolled samples (0 elsewhere);
             None unless ReflexFlow's frequency compensation is on.
-        metrics: `rollout/…` numbers of this rank.
+        num_forwards: sample-forwards that it took on this rank.
+        drift: summed over the rolled samples, root mean square distance from x_t.
     """
 
     sample: Tensor
     mask: Tensor
     num_rolled: int
     clean_prediction: Tensor | None
-    metrics: dict[str, float]
+    num_forwards: int
+    drift: float
 
 
 def roll_out(run: Run, batch: Batch, x_t: Tensor) -> RolledInputs:
@@ -39,24 +41,17 @@ def roll_out(run: Run, batch: Batch, x_t: Tensor) -> RolledInputs:
     Without any such sample nothing is computed, so that probability 0 leaves the run as it is.
 
     Args:
-        run: this rank's run; its meter counts the forwards of all ranks.
+        run: this rank's run; its meter gets the seconds, the caller counts the forwards.
         batch: the rank's samples and their plan.
         x_t: (b, C, H, W), the teacher-forced inputs.
     """
     plan = batch.plan
-    num_forwards = 0
-    sample, clean = x_t, None
-    if plan.num_rolled:
-        with run.meter.timed("rollout"):
-            sample, clean, num_forwards = _generate(run, batch, x_t)
-    run.meter.forward("rollout", _sum_over_ranks(run, num_forwards))
-    return RolledInputs(
-        sample=sample,
-        mask=plan.rolled,
-        num_rolled=plan.num_rolled,
-        clean_prediction=clean,
-        metrics=_metrics(batch, sample, x_t),
-    )
+    if not plan.num_rolled:
+        return RolledInputs(x_t, plan.rolled, 0, None, 0, 0.0)
+    with run.meter.timed("rollout"):
+        sample, clean, num_forwards = _generate(run, batch, x_t)
+        drift = float((sample - x_t).flatten(1).square().mean(dim=1).sqrt().sum())
+    return RolledInputs(sample, plan.rolled, plan.num_rolled, clean, num_forwards, drift)
 
 
 def _generate(run: Run, batch: Batch, x_t: Tensor) -> tuple[Tensor, Tensor | None, int]:
@@ -85,25 +80,3 @@ def _generate(run: Run, batch: Batch, x_t: Tensor) -> tuple[Tensor, Tensor | Non
     # Rows that were not rolled out keep the teacher-forced input bit for bit.
     rows = plan.rolled.to(x_t.device).reshape(-1, *(1,) * (x_t.ndim - 1))
     return torch.where(rows, result.x_hat, x_t), result.clean_pred, result.num_forwards
-
-
-def _sum_over_ranks(run: Run, count: int) -> int:
-    if run.world_size == 1:
-        return count
-    total = torch.tensor(count, device=run.device)
-    torch.distributed.all_reduce(total)
-    return int(total)
-
-
-def _metrics(batch: Batch, sample: Tensor, x_t: Tensor) -> dict[str, float]:
-    """Share rolled out, mean offset of those, and the latents' drift from the forward ones."""
-    plan = batch.plan
-    count = len(plan.num_steps)
-    if not plan.num_rolled:
-        return {"rollout/fraction": 0.0, "rollout/mean_offset": 0.0, "rollout/drift": 0.0}
-    moved = (sample - x_t).flatten(1).square().mean(dim=1).sqrt()
-    return {
-        "rollout/fraction": plan.num_rolled / count,
-        "rollout/mean_offset": float(plan.num_steps.sum()) / plan.num_rolled,
-        "rollout/drift": float(moved.sum()) / plan.num_rolled,
-    }

@@ -25,10 +25,10 @@ class StepResult:
     """What a step reports.
 
     Attributes:
-        loss: mean over this rank's samples.
+        loss: mean over the global batch.
         grad_norm: before clipping, of the synchronised gradient.
         bad_samples: global indices of this rank's samples whose loss is no finite number.
-        rollout: metrics of the rollouts.
+        rollout: `rollout/…` metrics of the global batch.
     """
 
     loss: float
@@ -84,19 +84,14 @@ def train_step(run: Run, step: int) -> StepResult:
     per_sample = torch.cat(losses)
     with run.meter.timed("training"):
         grad_norm = _apply_gradient(run, per_sample)
-    bad = batch.sample_indices[~torch.isfinite(per_sample).cpu()]
-    return StepResult(
-        loss=float(per_sample.mean()),
-        grad_norm=grad_norm,
-        bad_samples=tuple(bad.tolist()),
-        rollout=rolled.metrics,
-    )
+    run.meter.gradient(run.config.training.batch_size)
+    return _result(run, batch, rolled, per_sample, grad_norm)
 
 
 def sample_losses(
     run: Run, batch: Batch, rolled: RolledInputs, target: Tensor, rows: Tensor
 ) -> Tensor:
-    """Loss per sample of a micro-batch, with gradient; counts 3 FE per sample.
+    """Loss per sample of a micro-batch, with gradient.
 
     Args:
         run: this rank's run.
@@ -112,7 +107,6 @@ def sample_losses(
     timestep = run.schedule.model_time(batch.plan.target_u[rows]).to(sample)
     with run.accelerator.autocast():
         prediction = run.network(sample=sample, timestep=timestep, class_labels=batch.labels[rows])
-    run.meter.gradient(len(rows) * run.world_size)
     if not (rolled.num_rolled and settings.reflexflow):
         return plain_loss(prediction, target[rows])
     return reflexflow_loss(
@@ -144,6 +138,40 @@ def _apply_gradient(run: Run, per_sample: Tensor) -> float:
     if finite:
         run.ema.update(run.policy, run.config.training.batch_size)
     return 0.0 if scaled and not finite and bool(torch.isfinite(per_sample).all()) else grad_norm
+
+
+def _result(
+    run: Run, batch: Batch, rolled: RolledInputs, per_sample: Tensor, grad_norm: float
+) -> StepResult:
+    """Sum up over the ranks, count the rollouts' forwards, and take means."""
+    offsets = int(batch.plan.num_steps.sum())
+    sums = torch.tensor(
+        [
+            float(per_sample.double().sum()),
+            rolled.num_rolled,
+            rolled.num_forwards,
+            offsets,
+            rolled.drift,
+        ],
+        dtype=torch.float64,
+    )
+    if run.world_size > 1:
+        sums = sums.to(run.device)
+        torch.distributed.all_reduce(sums)
+    loss, num_rolled, num_forwards, offset, drift = sums.tolist()
+    run.meter.forward("rollout", round(num_forwards))
+    size, per_rolled = run.config.training.batch_size, max(num_rolled, 1.0)
+    bad = batch.sample_indices[~torch.isfinite(per_sample).cpu()]
+    return StepResult(
+        loss=loss / size,
+        grad_norm=grad_norm,
+        bad_samples=tuple(bad.tolist()),
+        rollout={
+            "rollout/fraction": num_rolled / size,
+            "rollout/mean_offset": offset / per_rolled,
+            "rollout/drift": drift / per_rolled,
+        },
+    )
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:

@@ -76,6 +76,4 @@ def run_loop(
     """Start or resume a run in a folder, in this process."""
     open_run_folder(config, run_dir, resume=holds_run(run_dir))
     clear_stop(run_dir)
-    return train_loop(
-        config, run_dir=run_dir, report=report, tracker=tracker or NullTracker()
-    )
+    return train_loop(config, run_dir=run_dir, report=report, tracker=tracker or NullTracker())

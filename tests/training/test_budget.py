@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.training.runs import run_loop, small_config
 
 from raysched.config.run import BudgetConfig, OptimizerConfig
 from raysched.diffusion.compute import ComputeMeter
 from raysched.training.budget import evaluation_due, fraction_spent, learning_rate_at
+from tests.training.runs import run_loop, small_config
 
 
 def test_each_unit_is_counted_in_its_own_terms():

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.training.runs import rollout_config, run_loop, small_config
 
 from raysched.config.loading import write_yaml
 from raysched.errors import ConfigError, StorageError
@@ -21,6 +20,7 @@ from raysched.training.checkpoint import checkpoint_folders, load_checkpoint
 from raysched.training.protocols import NullTracker
 from raysched.training.run_folder import open_run_folder, read_metrics
 from raysched.training.stop import request_stop
+from tests.training.runs import rollout_config, run_loop, small_config
 
 EVALUATED = {"evaluation__enabled": True}
 
@@ -88,7 +88,9 @@ def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
     )
 
 
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, limit_s: float = 90) -> None:
+def wait_for_step(
+    process: subprocess.Popen, run_dir: Path, step: int, limit_s: float = 90
+) -> None:
     deadline = time.monotonic() + limit_s
     while not any(point["step"] >= step for point in read_metrics(run_dir)):
         assert process.poll() is None, f"ended before step {step}: {process.communicate()}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.training.runs import ROLLOUT, rollout_config, run_loop, small_config
 
 from raysched.diffusion.losses import plain_loss
 from raysched.diffusion.parameterization import add_noise, prediction_target
@@ -12,6 +11,7 @@ from raysched.training.batch import draw_batch
 from raysched.training.rollout_step import roll_out
 from raysched.training.setup import build_run
 from raysched.training.train_step import sample_losses, train_step
+from tests.training.runs import ROLLOUT, rollout_config, run_loop, small_config
 
 
 @pytest.mark.parametrize("reflexflow", [True, False])
@@ -97,9 +97,7 @@ def test_the_loss_of_plain_samples_is_plain_also_beside_rolled_ones():
 
 
 @pytest.mark.parametrize("target", ["original", "anchored"])
-@pytest.mark.parametrize(
-    "prediction_type", ["epsilon", "v_prediction", "sample", "flow_matching"]
-)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_matching"])
 def test_every_prediction_type_trains_with_rollouts(tmp_path, prediction_type, target):
     flat = {k.replace(".", "__"): v for k, v in ROLLOUT.items() if "reflexflow" not in k}
     config = small_config(
