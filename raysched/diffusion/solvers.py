@@ -296,10 +296,3 @@ def _rk4_stages(
         ("base", "x"): (zero, zero, zero, one),
     }
     return {key: torch.stack(list(values), dim=-1) for key, values in stages.items()}
-
-
-def expected_forwards(solver: SolverName, num_steps: int, *, to_data: bool) -> int:
-    """Network calls of a lane: steps, or 4 per step with rk4 (1 for the step to sigma = 0)."""
-    if solver != "rk4" or num_steps == 0:
-        return num_steps
-    return 4 * num_steps - (3 if to_data else 0)
