@@ -30,8 +30,6 @@ def print_summary(result: SweepResult, console: Console) -> None:
     if winner is not None:
         console.print("* best of those that reached the budget", style="dim")
     console.print()
-    if result.error:
-        _line(console, f"Failed: {result.error}")
     if result.status == "stopped":
         _line(console, f"Stopped; go on with --resume output_dir={result.folder}")
     if result.verdict is not None:

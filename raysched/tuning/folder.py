@@ -98,11 +98,11 @@ def _check_same(folder: Path, sweep: SweepConfig, base: RunConfig) -> None:
     old, new = flatten(stored), flatten(_plain(sweep))
     if (folder / BASE_FILE).exists():
         written = yaml.safe_load((folder / BASE_FILE).read_text(encoding="utf-8"))
-        old |= {f"base run's {key}": value for key, value in flatten(written).items()}
+        old |= {f"the run's {key}": value for key, value in flatten(written).items()}
         # The dump goes through YAML as the stored one did, so that equal settings are equal.
         again = yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(dump(base)))))
-        new |= {f"base run's {key}": value for key, value in flatten(again).items()}
-    free = (*FREE_ON_RESUME, "base run's tracking.", "base run's training.output_dir")
+        new |= {f"the run's {key}": value for key, value in flatten(again).items()}
+    free = (*FREE_ON_RESUME, "the run's tracking.", "the run's training.output_dir")
     differing = [
         f"{folder}: {key}: the sweep there was made with {old.get(key)!r}, now {new.get(key)!r}: "
         "a resumed sweep keeps its settings (use another output_dir for a new one)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -134,6 +135,8 @@ def _tune(
     def trial(config: dict[str, Any]) -> None:
         run_trial(config, plan)
 
+    # Signals are the driver's business: Tune's own handler would kill the trials.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # Nothing that Tune writes is needed later: the journal and the trials' folders are.
     name = f".ray-{uuid.uuid4().hex[:8]}"
     tuner = tune.Tuner(

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from ray.tune.stopper import Stopper
 
+from raysched.signals import STOP
 from raysched.training.stop import request_stop
 
 # The request is repeated: a run may open its folder after the first one.
 REPEAT_S = 1.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class SweepStopper(Stopper):  # type: ignore[misc]
@@ -73,19 +70,15 @@ class SweepStopper(Stopper):  # type: ignore[misc]
 
 @contextmanager
 def stop_on_signals(stopper: SweepStopper) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for the end; a second one ends at once (checkpoints stay)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """While it lasts, the process's first SIGTERM or SIGINT asks for the sweep's end."""
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stopper.stopping:
-            raise KeyboardInterrupt
-        stopper.request(f"the sweep got {signal.Signals(number).name}")
+    def request(signal_name: str) -> None:
+        stopper.request(f"the sweep got {signal_name}")
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    # Ray has put handlers of its own in place by now.
+    STOP.restore()
+    STOP.register(request)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        STOP.unregister(request)

@@ -1,0 +1,166 @@
+"""Whole sweeps by Ray Tune, with a stand-in for training whose quality is known."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from raysched.tuning.journal import read_events
+from raysched.tuning.sweep import run_sweep
+from tests.tuning.synthetic import OFFSET, known_comparison, load, synthetic_train
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(loaded, train, *, resume=False):
+    console = Console(file=io.StringIO(), width=200)
+    result = run_sweep(
+        loaded, resume=resume, console=console, train=train, compare=known_comparison
+    )
+    return result, console.file.getvalue()
+
+
+@pytest.mark.ray
+def test_a_sweep_finds_the_known_best_prunes_the_worse_and_survives_a_failure(
+    tmp_path, ray_session, capfd
+):
+    points = [{OFFSET: k} for k in (2, 8, 3, 1)]
+    loaded = load(
+        tmp_path, search={"num_samples": 4, "seed": 1, "points": points, "max_concurrent": 1}
+    )
+    train = synthetic_train(tmp_path / "log", quality="0.1 * K if K else 0.5", fail_at=3)
+    result, shown = run(loaded, train)
+    statuses = {trial.number: trial.status for trial in result.trials}
+    assert statuses == {0: "finished", 1: "finished", 2: "pruned", 3: "failed", 4: "finished"}
+    assert result.exit_code == 0
+    assert result.baseline.number == 0
+    assert result.winner.assignments == {OFFSET: 1}
+    assert result.verdict.answer == "rollouts_pay"
+    assert result.verdict.difference == pytest.approx(0.4)
+    pruned, failed = result.trials[2], result.trials[3]
+    assert pruned.forward_equivalents == 250
+    assert "rung at 25 %" in pruned.error
+    assert "the disk caught fire" in failed.error
+    assert "trial 002 stopped early: q 3.8" in shown
+    assert "trial 003 failed" in shown
+    assert not list(Path(loaded.sweep.output_dir).glob(".ray-*"))
+    stored = json.loads((result.folder / "result.json").read_text())
+    assert {"sweep", "trials", "baseline", "winner", "verdict", "files"} <= stored.keys()
+    assert Path(stored["files"]["winner_config"]).is_file()
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.ray
+def test_a_finished_sweep_can_be_extended_and_repeats_nothing(tmp_path, ray_session):
+    train = synthetic_train(tmp_path / "log")
+    first, _ = run(load(tmp_path, search={"num_samples": 2, "seed": 1}), train)
+    assert len(first.trials) == 3
+    second, _ = run(load(tmp_path, search={"num_samples": 3, "seed": 1}), train, resume=True)
+    assert [trial.number for trial in second.trials] == [0, 1, 2, 3]
+    assert second.trials[:3] == first.trials
+    assert len((tmp_path / "log").read_text().splitlines()) == 4
+    third, _ = run(load(tmp_path, search={"num_samples": 3, "seed": 1}), train, resume=True)
+    assert third.trials == second.trials
+    assert len((tmp_path / "log").read_text().splitlines()) == 4
+
+
+@pytest.mark.ray
+def test_a_baseline_that_fails_is_an_error_of_the_sweep_and_the_trials_are_kept(
+    tmp_path, ray_session
+):
+    train = synthetic_train(tmp_path / "log", fail_at=0)
+    result, _ = run(load(tmp_path, search={"num_samples": 1}), train)
+    assert (result.status, result.exit_code, result.verdict) == ("failed", 1, None)
+    assert "the baseline failed" in result.error
+    assert "the disk caught fire" in result.error
+    assert result.trials[1].status == "finished"
+
+
+def wait_until(condition, process, limit_s=90):
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "took too long"
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
+DRIVER = """
+import io, sys
+from pathlib import Path
+from rich.console import Console
+from raysched.signals import STOP
+from raysched.tuning.sweep import run_sweep
+from tests.tuning.synthetic import known_comparison, load, synthetic_train
+STOP.install()
+folder = Path(sys.argv[1])
+train = synthetic_train(folder / "log", wait_for=folder / "go")
+result = run_sweep(
+    load(folder), resume="resume" in sys.argv, console=Console(file=io.StringIO()),
+    train=train, compare=known_comparison,
+)
+sys.exit(result.exit_code)
+"""
+
+
+def start_driver(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def half_way(folder: Path) -> bool:
+    """The baseline is done, and a candidate waits before its third evaluation."""
+    events = read_events(folder / "sweep" / "trials.jsonl")
+    done = any(e["event"] == "ended" and e["number"] == 0 for e in events)
+    reports = Counter(e["number"] for e in events if e["event"] == "report")
+    return done and any(reports[number] == 2 for number in reports)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_sweep_that_was_ended_in_the_middle_goes_on_and_repeats_no_finished_trial(
+    tmp_path, number
+):
+    process = start_driver(tmp_path)
+    wait_until(lambda: half_way(tmp_path), process)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == (75 if number == signal.SIGTERM else -number), errors
+    before = read_events(tmp_path / "sweep" / "trials.jsonl")
+    ended = {e["number"] for e in before if e["event"] == "ended" and e["status"] != "stopped"}
+    suggested = {e["number"]: e["assignments"] for e in before if e["event"] == "suggested"}
+    assert 0 in ended
+    assert set(suggested) - ended
+    log_before = (tmp_path / "log").read_text().splitlines()
+
+    (tmp_path / "go").touch()
+    resumed = start_driver(tmp_path, "resume")
+    out, errors = resumed.communicate(timeout=120)
+    assert (resumed.returncode, out, errors) == (0, "", "")
+    new = (tmp_path / "log").read_text().splitlines()[len(log_before) :]
+    started_again = {int(line[:3]) for line in new}
+    assert not started_again & ended
+    assert set(suggested) - ended <= started_again
+    stored = json.loads((tmp_path / "sweep" / "result.json").read_text())
+    assert [trial["number"] for trial in stored["trials"]] == [0, 1, 2, 3, 4]
+    for trial in stored["trials"]:
+        assert trial["status"] in ("finished", "pruned")
+        if trial["number"] in suggested:
+            assert trial["assignments"] == suggested[trial["number"]]
