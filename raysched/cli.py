@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from raysched.config.run import RunConfig
+    from raysched.training.result import RunResult
+    from raysched.tuning.records import SweepResult
 
 SolverName = Literal["euler", "unipc", "dpm", "rk4"]
 Work = Callable[[], Outcome]
@@ -69,11 +71,7 @@ def train(
         from raysched.distributed.train import train as train_once
 
         result = train_once(config, resume=resume, console=_console(as_json))
-        problems = () if result.error is None else (result.error,)
-        payload = result.as_json()
-        if problems:
-            payload["problems"] = list(problems)
-        return Outcome(payload, _train_text(payload), result.exit_code, problems)
+        return _outcome(result, _train_text(result))
 
     return work
 
@@ -100,11 +98,13 @@ def tune(
         warn(list(loaded.warnings))
         if STOP.requested:
             return stopped_early()
+        from raysched.report import print_summary, write_report
         from raysched.tuning.sweep import run_sweep
 
-        result = run_sweep(loaded, resume=resume, console=_console(as_json))
-        problems = () if result.error is None else (result.error,)
-        return Outcome(result.as_json(), "", result.exit_code, problems)
+        console = _console(as_json)
+        result = run_sweep(loaded, resume=resume, console=console, write_report=write_report)
+        print_summary(result, console)
+        return _outcome(result)
 
     return work
 
@@ -289,16 +289,21 @@ def _console(as_json: bool) -> Console:
     return Console(stderr=as_json, soft_wrap=True)
 
 
-def _train_text(payload: dict[str, Any]) -> str:
+def _outcome(result: RunResult | SweepResult, text: str = "") -> Outcome:
+    """A run's or a sweep's end; its error is told on stderr as well."""
+    payload = result.as_json()
+    if result.error is None:
+        return Outcome(payload, text, result.exit_code)
+    problems = (result.error,)
+    return Outcome({**payload, "problems": problems}, text, result.exit_code, problems)
+
+
+def _train_text(result: RunResult) -> str:
     """The last lines of `train` for a person."""
-    lines = [f"status: {payload['status']}", f"folder: {payload['output_dir']}"]
-    quality = payload["metrics"].get("quality/q")
-    if quality is not None:
-        lines.append(f"quality (lower is better): {quality:.5g}")
-    spent = payload["compute"].get("forward_equivalents")
-    if spent is not None:
-        lines.append(f"forward equivalents: {spent:,.0f}")
-    lines.append(f"weights_sha256: {payload['weights_sha256']}")
-    if payload["status"] == "stopped":
-        lines.append("go on with --resume")
-    return "\n".join(lines)
+    lines = [f"status: {result.status}", f"folder: {result.output_dir}"]
+    if "quality/q" in result.metrics:
+        lines.append(f"quality (lower is better): {result.metrics['quality/q']:.5g}")
+    if "forward_equivalents" in result.compute:
+        lines.append(f"forward equivalents: {result.compute['forward_equivalents']:,.0f}")
+    lines.append(f"weights_sha256: {result.weights_sha256}")
+    return "\n".join([*lines, "go on with --resume"] if result.status == "stopped" else lines)

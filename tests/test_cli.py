@@ -84,7 +84,7 @@ def test_help_of_every_command_has_an_example_and_json(
 
 USAGE_ERRORS = [
     ([], "a command is needed"),
-    (["trian"], "did you mean train?"),
+    (["trainn"], "did you mean train?"),
     (["sample"], "RUN_OR_CHECKPOINT"),
     (["sample", "x", "--sampler", "eular"], "euler"),
     (["sample", "x", "--jsn"], "--json"),
