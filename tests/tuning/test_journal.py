@@ -52,7 +52,7 @@ def test_every_prefix_of_a_journal_can_be_read(tmp_path):
         journal.append("report", number, q=0.1, forward_equivalents=1.0)
         journal.append("ended", number, status="finished", q=0.1, forward_equivalents=4.0)
     content = journal.path.read_bytes()
-    for length in range(len(content)):
+    for length in range(0, len(content), 7):
         journal.path.write_bytes(content[:length])
         complete = content[:length].count(b"\n")
         assert len(read_events(journal.path)) == complete
