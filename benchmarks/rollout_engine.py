@@ -6,6 +6,8 @@ things are measured in turn within one process, and medians of the paired ratios
   engine           planning, solver tables and rollout of one optimizer step (p = 1)
   full batches     as many sample-forwards, nothing else
   one-sample loop  one sample at a time, one forward per step; timed on a few samples and scaled
+  same calls       the network alone, in calls of the engine's sizes: what max k sequential calls
+                   cost over full batches, however they are driven
 
 `overhead_share` is the engine's time with a network that costs nothing over its time with the
 real one; `overhead_share_of_step` divides by the whole training step instead.
@@ -40,6 +42,15 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "unet_0.7M_16x16": ({"block_out_channels": (32, 64), "layers_per_block": 1}, 16),
 }
 LOOP_FORWARDS = 40
+CLOCK: dict[str, Callable[[], float]] = {"now": time.perf_counter}
+RATIOS = (
+    "over_full_batches",
+    "one_sample_loop_over_engine",
+    "one_sample_loop_over_full_batches",
+    "same_calls_over_full_batches",
+    "overhead_share",
+    "overhead_share_of_step",
+)
 
 
 class Job:
@@ -89,19 +100,25 @@ class Job:
         assert result.num_forwards == self.num_forwards
 
     @torch.no_grad()
+    def bare_calls(self, num_calls: int) -> None:
+        """All sample-forwards in so many calls of equal sizes, give or take one."""
+        for call in range(num_calls):
+            rows = slice(0, (self.num_forwards + call) // num_calls)
+            times = 1000 * self.target_u[rows].float()
+            self.network(sample=self.x0[rows], timestep=times, class_labels=self.labels[rows])
+
+    @torch.no_grad()
     def full_batches(self) -> None:
-        """The same number of sample-forwards, at the limit."""
-        left = self.num_forwards
-        while left > 0:
+        """The same number of sample-forwards, at the limit; the last batch is what is left."""
+        for left in range(self.num_forwards, 0, -self.batch):
             rows = slice(0, min(left, self.batch))
             times = 1000 * self.target_u[rows].float()
             self.network(sample=self.x0[rows], timestep=times, class_labels=self.labels[rows])
-            left -= self.batch
 
     @torch.no_grad()
     def one_sample_loop(self) -> float:
         """Seconds for all forwards one sample at a time, scaled up from a few samples."""
-        done, start = 0, time.perf_counter()
+        done, start = 0, CLOCK["now"]()
         for i in range(self.x0.shape[0]):
             x, label = self.x0[i : i + 1].clone(), self.labels[i : i + 1]
             for j in range(int(self.plan.num_steps[i])):
@@ -111,7 +128,7 @@ class Job:
                 done += 1
             if done >= LOOP_FORWARDS:
                 break
-        return (time.perf_counter() - start) * self.num_forwards / done
+        return (CLOCK["now"]() - start) * self.num_forwards / done
 
     def gradient_step(self) -> None:
         """Forward and backward of all micro-batches, without the optimizer."""
@@ -125,10 +142,10 @@ class Job:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Wall-clock time of one call."""
-    start = time.perf_counter()
+    """Time of one call."""
+    start = CLOCK["now"]()
     work()
-    return time.perf_counter() - start
+    return CLOCK["now"]() - start
 
 
 def free_network(*, sample: Tensor, timestep: Tensor, lanes: Tensor) -> Tensor:
@@ -141,23 +158,28 @@ def measure(model: str, options: argparse.Namespace, accumulation: int) -> dict[
     torch.manual_seed(0)
     job = Job(model, options, accumulation)
     job.network.eval()
-    over_limit, loop_over_engine, loop_over_limit, share, share_of_step = ([] for _ in range(5))
+    num_calls = max(int(job.plan.num_steps.max()), -(-job.num_forwards // options.batch))
+    ratios: dict[str, list[float]] = {name: [] for name in RATIOS}
     for repeat in range(options.repeats + 1):
         limit = seconds(job.full_batches)
         engine = seconds(lambda: job.engine(job.call))
+        same = seconds(lambda: job.bare_calls(num_calls))
         free = seconds(lambda: job.engine(free_network))
         limit = 0.5 * (limit + seconds(job.full_batches))
-        if repeat == 0:
-            loop = job.one_sample_loop()
-            continue
-        if repeat % 3 == 1:
+        if repeat % 3 <= 1:
             loop = job.one_sample_loop()
         step = seconds(job.gradient_step)
-        over_limit.append(engine / limit)
-        loop_over_engine.append(loop / engine)
-        loop_over_limit.append(loop / limit)
-        share.append(free / engine)
-        share_of_step.append(free / (engine + step))
+        values = (
+            engine / limit,
+            loop / engine,
+            loop / limit,
+            same / limit,
+            free / engine,
+            free / (engine + step),
+        )
+        if repeat > 0:  # the first one warms up
+            for name, value in zip(RATIOS, values, strict=True):
+                ratios[name].append(value)
     return {
         "model": model,
         "parameters": sum(p.numel() for p in nn.Module.parameters(job.network)),
@@ -166,11 +188,7 @@ def measure(model: str, options: argparse.Namespace, accumulation: int) -> dict[
         "accumulation": accumulation,
         "sampler": options.sampler,
         "num_forwards": job.num_forwards,
-        "over_full_batches": round(statistics.median(over_limit), 4),
-        "one_sample_loop_over_engine": round(statistics.median(loop_over_engine), 3),
-        "one_sample_loop_over_full_batches": round(statistics.median(loop_over_limit), 3),
-        "overhead_share": round(statistics.median(share), 4),
-        "overhead_share_of_step": round(statistics.median(share_of_step), 4),
+        **{name: round(statistics.median(values), 4) for name, values in ratios.items()},
     }
 
 
@@ -183,8 +201,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-step-offset", type=int, default=10)
     parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--sampler", default="unipc", choices=["unipc", "euler", "dpm"])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--torch-threads", type=int, default=None)
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: processor time, for a busy machine; with one torch thread only",
+    )
     return parser.parse_args()
 
 
@@ -193,10 +217,16 @@ def main() -> None:
     options = parse()
     if options.torch_threads is not None:
         torch.set_num_threads(options.torch_threads)
+    if options.clock == "cpu":
+        CLOCK["now"] = time.process_time
     rows = [measure(m, options, a) for m in options.models for a in options.accumulation]
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "clock": options.clock,
+    }
     if options.json:
-        print(json.dumps({"rows": rows, **machine, "machine": platform.processor()}))
+        print(json.dumps({"rows": rows, **machine, "machine": platform.machine()}))
         return
     shown = [key for key in rows[0] if key not in ("sampler", "batch", "max_step_offset")]
     print("  ".join(shown))
