@@ -42,7 +42,7 @@ def pareto_figure(
     for trial in shown:
         _draw_point(axes, trial, winner)
     valid = [t for t in shown if t.status != "failed"]
-    front = non_dominated([(t.forward_equivalents, _q(t)) for t in valid])
+    front = non_dominated([(_spent(t), _q(t)) for t in valid])
     if front:
         # A step: between two trials nothing better than the cheaper one is known.
         x, y = zip(*front, strict=True)
@@ -141,11 +141,16 @@ def _q(trial: TrialRecord) -> float:
     return trial.q
 
 
+def _spent(trial: TrialRecord) -> float:
+    """The compute at which q was measured; a pruned trial trains on for a few steps."""
+    return trial.curve[-1].forward_equivalents if trial.curve else trial.forward_equivalents
+
+
 def _draw_point(axes: Axes, trial: TrialRecord, winner: int | None) -> None:
     colour, marker = _style(trial, winner)
     special = trial.baseline or trial.number == winner
     axes.errorbar(
-        trial.forward_equivalents,
+        _spent(trial),
         _q(trial),
         yerr=_error_bar(trial),
         fmt=marker,
@@ -199,18 +204,19 @@ def _name_points(axes: Axes, shown: Sequence[TrialRecord], winner: int | None) -
     """Numbers beside the points; those of equal compute alternate between left and right."""
     if len(shown) > MAX_NAMES:
         shown = [t for t in shown if t.baseline or t.number == winner]
-    by_quality = sorted(shown, key=lambda t: (round(t.forward_equivalents, -3), t.q or 0.0))
+    by_quality = sorted(shown, key=lambda t: (round(_spent(t), -3), _q(t)))
     for index, trial in enumerate(by_quality):
         left = index % 2 == 1
         axes.annotate(
             f"{trial.number:03d}",
-            (trial.forward_equivalents, trial.q or 0.0),
+            (_spent(trial), _q(trial)),
             xytext=(-8 if left else 8, 0),
             textcoords="offset points",
             ha="right" if left else "left",
             va="center",
             fontsize=8,
             color=_style(trial, winner)[0],
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
 
 

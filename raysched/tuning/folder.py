@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from raysched.config.loading import dump, write_yaml
+from raysched.config.loading import dump, load, write_yaml
 from raysched.config.run import RunConfig
 from raysched.config.sweep import SweepConfig
 from raysched.errors import ConfigError, StorageError
@@ -22,7 +21,11 @@ from raysched.tuning.journal import JOURNAL_FILE
 SWEEP_FILE = "sweep.yaml"
 BASE_FILE = "base.yaml"
 # A resumed sweep may differ in these: more trials, other resources.
-FREE_ON_RESUME = ("name", "base", "overrides", "output_dir", "search.num_samples", "search.max_")
+FREE_ON_RESUME = (
+    *("name", "base", "overrides", "output_dir", "search.num_samples", "search.max_concurrent"),
+    *(f"the run's {key}" for key in ("tracking.", "scaling.", "training.output_dir")),
+    *(f"the run's {key}" for key in ("data.cache_dir", "training.checkpoint_every_steps")),
+)
 
 
 def sweep_folder(sweep: SweepConfig, *, resume: bool, root: Path | None = None) -> Path:
@@ -97,17 +100,14 @@ def _check_same(folder: Path, sweep: SweepConfig, base: RunConfig) -> None:
     stored = yaml.safe_load((folder / SWEEP_FILE).read_text(encoding="utf-8"))
     old, new = flatten(stored), flatten(_plain(sweep))
     if (folder / BASE_FILE).exists():
-        written = yaml.safe_load((folder / BASE_FILE).read_text(encoding="utf-8"))
-        old |= {f"the run's {key}": value for key, value in flatten(written).items()}
-        # The dump goes through YAML as the stored one did, so that equal settings are equal.
-        again = yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(dump(base)))))
-        new |= {f"the run's {key}": value for key, value in flatten(again).items()}
-    free = (*FREE_ON_RESUME, "the run's tracking.", "the run's training.output_dir")
+        written = load(folder / BASE_FILE).config
+        old |= {f"the run's {key}": value for key, value in flatten(dump(written)).items()}
+        new |= {f"the run's {key}": value for key, value in flatten(dump(base)).items()}
     differing = [
         f"{folder}: {key}: the sweep there was made with {old.get(key)!r}, now {new.get(key)!r}: "
         "a resumed sweep keeps its settings (use another output_dir for a new one)"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(free)
+        if old.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME)
     ]
     if differing:
         raise ConfigError(differing)

@@ -64,13 +64,18 @@ def test_a_sweep_finds_the_known_best_prunes_the_worse_and_survives_a_failure(
 @pytest.mark.ray
 def test_a_finished_sweep_can_be_extended_and_repeats_nothing(tmp_path, ray_session):
     train = synthetic_train(tmp_path / "log")
-    first, _ = run(load(tmp_path, search={"num_samples": 2, "seed": 1}), train)
+
+    def space(num_samples):
+        search = {"num_samples": num_samples, "seed": 1}
+        return load(tmp_path, search=search, early_stopping={"kind": "none"})
+
+    first, _ = run(space(2), train)
     assert len(first.trials) == 3
-    second, _ = run(load(tmp_path, search={"num_samples": 3, "seed": 1}), train, resume=True)
+    second, _ = run(space(3), train, resume=True)
     assert [trial.number for trial in second.trials] == [0, 1, 2, 3]
     assert second.trials[:3] == first.trials
     assert len((tmp_path / "log").read_text().splitlines()) == 4
-    third, _ = run(load(tmp_path, search={"num_samples": 3, "seed": 1}), train, resume=True)
+    third, _ = run(space(3), train, resume=True)
     assert third.trials == second.trials
     assert len((tmp_path / "log").read_text().splitlines()) == 4
 
