@@ -15,12 +15,10 @@ from raysched.training.setup import Run
 
 @dataclass(frozen=True)
 class RolledInputs:
-    """What the gradient forward sees.
+    """What the rollouts made.
 
     Attributes:
         sample: (b, C, H, W), x_hat_t where rolled out, x_t elsewhere.
-        mask: (b,) bool on the host, the rolled samples.
-        num_rolled: R on this rank.
         clean_prediction: (b, C, H, W), the prediction at x_t of rolled samples (0 elsewhere);
             None unless ReflexFlow's frequency compensation is on.
         num_forwards: sample-forwards that it took on this rank.
@@ -28,8 +26,6 @@ class RolledInputs:
     """
 
     sample: Tensor
-    mask: Tensor
-    num_rolled: int
     clean_prediction: Tensor | None
     num_forwards: int
     drift: float
@@ -38,20 +34,15 @@ class RolledInputs:
 def roll_out(run: Run, batch: Batch, x_t: Tensor) -> RolledInputs:
     """Let the current weights generate the inputs of the samples with k > 0.
 
-    Without any such sample nothing is computed, so that probability 0 leaves the run as it is.
-
     Args:
         run: this rank's run; its meter gets the seconds, the caller counts the forwards.
-        batch: the rank's samples and their plan.
+        batch: the rank's samples and their plan, at least one of them rolled out.
         x_t: (b, C, H, W), the teacher-forced inputs.
     """
-    plan = batch.plan
-    if not plan.num_rolled:
-        return RolledInputs(x_t, plan.rolled, 0, None, 0, 0.0)
     with run.meter.timed("rollout"):
         sample, clean, num_forwards = _generate(run, batch, x_t)
         drift = float((sample - x_t).flatten(1).square().mean(dim=1).sqrt().sum())
-    return RolledInputs(sample, plan.rolled, plan.num_rolled, clean, num_forwards, drift)
+    return RolledInputs(sample, clean, num_forwards, drift)
 
 
 def _generate(run: Run, batch: Batch, x_t: Tensor) -> tuple[Tensor, Tensor | None, int]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from raysched.diffusion.losses import plain_loss, reflexflow_loss
-from raysched.diffusion.parameterization import add_noise, anchored_target, prediction_target
 from raysched.diffusion.randomness import generator
-from raysched.training.batch import Batch, draw_batch
-from raysched.training.rollout_step import RolledInputs, roll_out
+from raysched.training.batch import draw_batch
+from raysched.training.exposure import METHODS
+from raysched.training.inputs import TrainingInputs
 from raysched.training.setup import Run
 
 
@@ -59,16 +59,7 @@ def train_step(run: Run, step: int) -> StepResult:
         step: number of the step, from 0.
     """
     batch = draw_batch(run, step)
-    alpha, sigma = run.schedule.alpha_sigma(batch.plan.target_u)
-    x_t = add_noise(batch.x0, batch.eps, alpha, sigma)
-    target = prediction_target(run.config.prediction_type, batch.x0, batch.eps, alpha, sigma)
-    rolled = roll_out(run, batch, x_t)
-    if rolled.num_rolled and run.config.scheduled_sampling.target == "anchored":
-        anchored = anchored_target(
-            run.config.prediction_type, batch.x0, rolled.sample, alpha, sigma, target
-        )
-        target = torch.where(_rows(rolled.mask, target), anchored, target)
-
+    inputs = METHODS[run.config.exposure](run, batch)
     # Dropout draws from the global stream; set per step, it needs no place in a checkpoint.
     torch.manual_seed(generator(run.config.seed, "dropout", step, run.rank).initial_seed())
     run.network.train()
@@ -78,48 +69,48 @@ def train_step(run: Run, step: int) -> StepResult:
         last = number == len(micro_batches)
         sync = contextlib.nullcontext() if last else run.accelerator.no_sync(run.network)
         with sync, run.meter.timed("training"):
-            loss = sample_losses(run, batch, rolled, target, rows)
+            loss = sample_losses(run, inputs, rows)
             run.accelerator.backward(loss.sum() / len(batch.x0))
             losses.append(loss.detach())
     per_sample = torch.cat(losses)
     with run.meter.timed("training"):
         grad_norm = _apply_gradient(run, per_sample)
     run.meter.gradient(run.config.training.batch_size)
-    return _result(run, batch, rolled, per_sample, grad_norm)
+    bad = inputs.batch_rows[~torch.isfinite(per_sample).cpu()]
+    return _result(run, inputs, per_sample, grad_norm, batch.sample_indices[bad])
 
 
-def sample_losses(
-    run: Run, batch: Batch, rolled: RolledInputs, target: Tensor, rows: Tensor
-) -> Tensor:
+def sample_losses(run: Run, inputs: TrainingInputs, rows: Tensor) -> Tensor:
     """Loss per sample of a micro-batch, with gradient.
 
     Args:
         run: this rank's run.
-        batch: the rank's samples.
-        rolled: network inputs, and the clean prediction where ReflexFlow needs it.
-        target: (b, C, H, W).
+        inputs: what the network is trained on in this step.
         rows: (m,) the micro-batch's rows.
 
     Returns:
         (m,).
     """
-    sample, settings = rolled.sample[rows], run.config.scheduled_sampling
-    timestep = run.schedule.model_time(batch.plan.target_u[rows]).to(sample)
+    sample, settings = inputs.sample[rows], run.config.scheduled_sampling
+    timestep = run.schedule.model_time(inputs.u[rows]).to(sample)
     with run.accelerator.autocast():
-        prediction = run.network(sample=sample, timestep=timestep, class_labels=batch.labels[rows])
-    if not (rolled.num_rolled and settings.reflexflow):
-        return plain_loss(prediction, target[rows])
+        prediction = run.network(
+            sample=sample, timestep=timestep, class_labels=inputs.labels[rows]
+        )
+    if not (inputs.num_rolled and settings.reflexflow):
+        return plain_loss(prediction, inputs.target[rows])
+    clean = inputs.clean_prediction
     return reflexflow_loss(
         prediction,
-        target[rows],
+        inputs.target[rows],
         sample,
-        batch.x0[rows],
-        None if rolled.clean_prediction is None else rolled.clean_prediction[rows],
+        inputs.x0[rows],
+        None if clean is None else clean[rows],
         alpha=settings.reflexflow_alpha,
         beta1=settings.reflexflow_beta1,
         beta2=settings.reflexflow_beta2,
         norm=settings.reflexflow_norm,
-        rolled=rolled.mask[rows],
+        rolled=inputs.rolled[rows],
     )
 
 
@@ -141,39 +132,32 @@ def _apply_gradient(run: Run, per_sample: Tensor) -> float:
 
 
 def _result(
-    run: Run, batch: Batch, rolled: RolledInputs, per_sample: Tensor, grad_norm: float
+    run: Run, inputs: TrainingInputs, per_sample: Tensor, grad_norm: float, bad: Tensor
 ) -> StepResult:
     """Sum up over the ranks, count the rollouts' forwards, and take means."""
-    offsets = int(batch.plan.num_steps.sum())
     sums = torch.tensor(
         [
             float(per_sample.double().sum()),
-            rolled.num_rolled,
-            rolled.num_forwards,
-            offsets,
-            rolled.drift,
+            inputs.num_rolled,
+            inputs.num_forwards,
+            inputs.num_steps,
+            inputs.drift,
         ],
         dtype=torch.float64,
     )
     if run.world_size > 1:
         sums = sums.to(run.device)
         torch.distributed.all_reduce(sums)
-    loss, num_rolled, num_forwards, offset, drift = sums.tolist()
+    loss, num_rolled, num_forwards, num_steps, drift = sums.tolist()
     run.meter.forward("rollout", round(num_forwards))
     size, per_rolled = run.config.training.batch_size, max(num_rolled, 1.0)
-    bad = batch.sample_indices[~torch.isfinite(per_sample).cpu()]
     return StepResult(
         loss=loss / size,
         grad_norm=grad_norm,
         bad_samples=tuple(bad.tolist()),
         rollout={
             "rollout/fraction": num_rolled / size,
-            "rollout/mean_offset": offset / per_rolled,
+            "rollout/mean_offset": num_steps / per_rolled,
             "rollout/drift": drift / per_rolled,
         },
     )
-
-
-def _rows(mask: Tensor, like: Tensor) -> Tensor:
-    """A (b,) mask, on the device of `like` and broadcastable against it."""
-    return mask.to(like.device).reshape(-1, *(1,) * (like.ndim - 1))

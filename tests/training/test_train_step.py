@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from raysched.diffusion.losses import plain_loss
-from raysched.diffusion.parameterization import add_noise, prediction_target
 from raysched.training.batch import draw_batch
-from raysched.training.rollout_step import roll_out
+from raysched.training.exposure import scheduled_sampling, teacher_forced
 from raysched.training.setup import build_run
 from raysched.training.train_step import sample_losses, train_step
 from tests.training.runs import ROLLOUT, rollout_config, run_loop, small_config
@@ -47,25 +46,23 @@ def test_forward_equivalents_follow_the_definition(sampler, alpha):
 def test_samples_that_are_not_rolled_out_keep_their_input_bit_for_bit():
     run = build_run(rollout_config(training__batch_size=32))
     batch = draw_batch(run, 0)
-    x_t = add_noise(batch.x0, batch.eps, *run.schedule.alpha_sigma(batch.plan.target_u))
-    rolled = roll_out(run, batch, x_t)
-    plain = ~rolled.mask
-    assert 0 < rolled.num_rolled < 32
-    assert torch.equal(rolled.sample[plain], x_t[plain])
-    moved = (rolled.sample - x_t)[rolled.mask].flatten(1).abs().amax(dim=1)
+    x_t, inputs = teacher_forced(run, batch).sample, scheduled_sampling(run, batch)
+    plain = ~inputs.rolled
+    assert 0 < inputs.num_rolled < 32
+    assert torch.equal(inputs.sample[plain], x_t[plain])
+    moved = (inputs.sample - x_t)[inputs.rolled].flatten(1).abs().amax(dim=1)
     assert bool((moved > 1e-3).all())
 
 
 def test_a_rollout_sees_the_weights_of_the_moment_and_no_dropout():
     run = build_run(rollout_config(model__dropout=0.5, training__batch_size=32))
     batch = draw_batch(run, 0)
-    x_t = add_noise(batch.x0, batch.eps, *run.schedule.alpha_sigma(batch.plan.target_u))
-    first = roll_out(run, batch, x_t).sample
-    assert torch.equal(first, roll_out(run, batch, x_t).sample)
+    first = scheduled_sampling(run, batch).sample
+    assert torch.equal(first, scheduled_sampling(run, batch).sample)
     with torch.no_grad():
         for parameter in run.policy.parameters():
             parameter.add_(0.05)
-    assert not torch.equal(first, roll_out(run, batch, x_t).sample)
+    assert not torch.equal(first, scheduled_sampling(run, batch).sample)
 
 
 def test_accumulation_changes_the_weights_only_by_rounding():
@@ -81,19 +78,18 @@ def test_accumulation_changes_the_weights_only_by_rounding():
 def test_the_loss_of_plain_samples_is_plain_also_beside_rolled_ones():
     run = build_run(rollout_config(training__batch_size=32))
     batch = draw_batch(run, 0)
-    alpha, sigma = run.schedule.alpha_sigma(batch.plan.target_u)
-    x_t = add_noise(batch.x0, batch.eps, alpha, sigma)
-    target = prediction_target("flow_matching", batch.x0, batch.eps, alpha, sigma)
-    rolled = roll_out(run, batch, x_t)
+    inputs, teacher = scheduled_sampling(run, batch), teacher_forced(run, batch)
     rows = torch.arange(32)
     run.network.eval()
-    mixed = sample_losses(run, batch, rolled, target, rows)
+    mixed = sample_losses(run, inputs, rows)
     timestep = run.schedule.model_time(batch.plan.target_u).float()
     with torch.no_grad():
-        prediction = run.network(sample=x_t, timestep=timestep, class_labels=batch.labels)
-    plain = plain_loss(prediction, target)
-    torch.testing.assert_close(mixed[~rolled.mask], plain[~rolled.mask])
-    assert bool(((mixed - plain)[rolled.mask].abs() > 1e-3).all())
+        prediction = run.network(
+            sample=teacher.sample, timestep=timestep, class_labels=batch.labels
+        )
+    plain = plain_loss(prediction, teacher.target)
+    torch.testing.assert_close(mixed[~inputs.rolled], plain[~inputs.rolled])
+    assert bool(((mixed - plain)[inputs.rolled].abs() > 1e-3).all())
 
 
 @pytest.mark.parametrize("target", ["original", "anchored"])

@@ -1,0 +1,41 @@
+"""What the gradient forward of a step sees, whichever method against exposure bias made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """One rank's inputs and targets of an optimizer step; n rows, b of them from the batch.
+
+    Attributes:
+        sample: (n, C, H, W), x_t or a self-made latent.
+        u: (n,) float64 on the host, where on the path the sample is.
+        x0: (n, C, H, W), data.
+        labels: (n,), null class included.
+        target: (n, C, H, W), in the network's prediction type.
+        rolled: (n,) bool on the host, rows that get ReflexFlow's loss where that is on.
+        batch_rows: (n,) int64 on the host, the row of the batch that each row comes from.
+        clean_prediction: (n, C, H, W), the prediction at x_t of rolled rows (0 elsewhere); None
+            unless ReflexFlow's frequency compensation is on.
+        num_forwards: sample-forwards without gradient that it took on this rank.
+        num_rolled: R on this rank.
+        num_steps: sum of k on this rank.
+        drift: summed over the rolled rows, root mean square distance from x_t.
+    """
+
+    sample: Tensor
+    u: Tensor
+    x0: Tensor
+    labels: Tensor
+    target: Tensor
+    rolled: Tensor
+    batch_rows: Tensor
+    clean_prediction: Tensor | None = None
+    num_forwards: int = 0
+    num_rolled: int = 0
+    num_steps: int = 0
+    drift: float = 0.0
