@@ -37,7 +37,8 @@ def teacher_forced(run: Run, batch: Batch) -> TrainingInputs:
 def scheduled_sampling(run: Run, batch: Batch) -> TrainingInputs:
     """Inputs that the model makes itself, by rollouts from noisier times.
 
-    ReflexFlow's biased input (arXiv 2512.04904) is the one-step case with `grid: jump`. Costs one forward equivalent per rollout step (four with rk4), and one per rolled sample for
+    ReflexFlow's biased input (arXiv 2512.04904) is the one-step case with `grid: jump`. Costs
+    one forward equivalent per rollout step (four with rk4), and one per rolled sample for
     ReflexFlow's clean prediction. Without any rolled sample it is `teacher_forced` bit for bit.
     """
     plain = teacher_forced(run, batch)
