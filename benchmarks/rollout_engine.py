@@ -160,7 +160,9 @@ def measure(model: str, options: argparse.Namespace, accumulation: int) -> dict[
     job.network.eval()
     num_calls = max(int(job.plan.num_steps.max()), -(-job.num_forwards // options.batch))
     ratios: dict[str, list[float]] = {name: [] for name in RATIOS}
-    for repeat in range(options.repeats + 1):
+    # Longer steps are less noisy, and would take most of the time.
+    repeats = max(min(options.repeats, 5), options.repeats // accumulation)
+    for repeat in range(repeats + 1):
         limit = seconds(job.full_batches)
         engine = seconds(lambda: job.engine(job.call))
         same = seconds(lambda: job.bare_calls(num_calls))
