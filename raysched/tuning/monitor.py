@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 
+from raysched.training.files import storage_errors
 from raysched.tuning.journal import Journal
 from raysched.tuning.proposals import Proposals
 from raysched.tuning.records import FORWARD_EQUIVALENTS, OBJECTIVE, Q_HIGH, Q_LOW, TrialRecord
@@ -65,8 +67,17 @@ class Monitor(Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's process died or Ray gave it up."""
         number = trial.config["trial_number"]
-        reason = str(trial.get_error() or "its process died").strip().splitlines()[-1]
-        self._end(number, {"status": "failed", "error": reason})
+        # Tune copies this file to the trial's storage only later.
+        written = Path(trial.error_file or "")
+        details = written.read_text(encoding="utf-8") if written.is_file() else ""
+        reason = details.strip().splitlines()[-1] if details.strip() else "for an unknown reason"
+        if "died" in details:
+            reason = "its process died: killed, out of memory, or a crash"
+        log = Path(self._journal.records[number].run_dir) / "error.txt"
+        with storage_errors(log, "writing why the trial failed"):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(details + "\n", encoding="utf-8")
+        self._end(number, {"status": "failed", "error": f"{reason} (all of it in {log})"})
 
     def _end(self, number: int, result: dict[str, Any]) -> None:
         record = self._journal.append(

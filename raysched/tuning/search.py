@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shutil
 import uuid
@@ -137,6 +138,8 @@ def _tune(
 
     # Signals are the driver's business: Tune's own handler would kill the trials.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # A trial's failure is in the journal and on the screen, without Tune's traceback.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     # Nothing that Tune writes is needed later: the journal and the trials' folders are.
     name = f".ray-{uuid.uuid4().hex[:8]}"
     tuner = tune.Tuner(

@@ -92,6 +92,21 @@ def test_a_baseline_that_fails_is_an_error_of_the_sweep_and_the_trials_are_kept(
     assert result.trials[1].status == "finished"
 
 
+@pytest.mark.ray
+def test_a_trial_whose_process_dies_is_a_failed_trial_and_the_sweep_goes_on(
+    tmp_path, ray_session, capfd
+):
+    points = [{OFFSET: k} for k in (3, 1)]
+    loaded = load(tmp_path, search={"num_samples": 2, "points": points, "max_concurrent": 1})
+    dies = "__import__('os')._exit(1) if K == 3 else 0.1 * K"
+    result, _ = run(loaded, synthetic_train(tmp_path / "log", quality=dies))
+    assert [trial.status for trial in result.trials] == ["finished", "failed", "finished"]
+    assert "its process died" in result.trials[1].error
+    assert (Path(result.trials[1].run_dir) / "error.txt").is_file()
+    assert result.exit_code == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def wait_until(condition, process, limit_s=90):
     deadline = time.monotonic() + limit_s
     while not condition():
