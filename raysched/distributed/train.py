@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,19 +50,19 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
     open_run_folder(config, run_dir, resume=resume)
     clear_stop(run_dir)
     console.print(f"run folder: {run_dir}", soft_wrap=True)
-    make_tracker = _prepare_tracking(config, run_dir, console) if config.tracking.enabled else None
 
     def on_signal(name: str) -> None:
         request_stop(run_dir, "stopped", name)
 
     STOP.register(on_signal)
     try:
-        return run_training(
-            config,
-            run_dir=run_dir,
-            report=functools.partial(_print_evaluation, console),
-            make_tracker=make_tracker,
-        )
+        with _tracking(config, run_dir, console) as make_tracker:
+            return run_training(
+                config,
+                run_dir=run_dir,
+                report=functools.partial(_print_evaluation, console),
+                make_tracker=make_tracker,
+            )
     finally:
         STOP.unregister(on_signal)
 
@@ -82,8 +83,15 @@ def _already_finished(config: RunConfig, run_dir: Path) -> RunResult | None:
     return done if same_budget else None
 
 
-def _prepare_tracking(config: RunConfig, run_dir: Path, console: Console) -> Callable[[], Tracker]:
-    from raysched.tracking import prepare_store, start_run, ui_command
+@contextlib.contextmanager
+def _tracking(
+    config: RunConfig, run_dir: Path, console: Console
+) -> Iterator[Callable[[], Tracker] | None]:
+    """Make the run in the store; yields the maker of rank 0's tracker, None without tracking."""
+    if not config.tracking.enabled:
+        yield None
+        return
+    from raysched.tracking import Courier, prepare_store, start_run, ui_command
 
     store = prepare_store(config.tracking, Path.cwd())
     params = flatten(config.model_dump(mode="json", exclude={"name", "tracking"}))
@@ -94,15 +102,30 @@ def _prepare_tracking(config: RunConfig, run_dir: Path, console: Console) -> Cal
         params={key: value for key, value in params.items() if value is not None},
         tags={"raysched.kind": "run"},
     )
-    console.print(f"MLflow: {ui_command(store)}", soft_wrap=True)
-    return functools.partial(make_tracker, store, run_id, run_dir)
+    console.print(f"MLflow: {ui_command(store)}", soft_wrap=True, highlight=False)
+    # The driver waits anyway: it carries the points, so that no worker imports MLflow.
+    courier = Courier(store) if config.scaling.num_workers else None
+    if courier is not None:
+        courier.watch(run_dir)
+    try:
+        yield functools.partial(make_tracker, store, run_id, run_dir, send=courier is None)
+    finally:
+        if courier is not None:
+            courier.close()
 
 
-def make_tracker(store: StoreHandle, run_id: str, run_dir: Path) -> Tracker:
-    """Rank 0's tracker, made in its process; the config is recorded however the run will end."""
+def make_tracker(store: StoreHandle, run_id: str, run_dir: Path, *, send: bool) -> Tracker:
+    """Rank 0's tracker, made in its process; the config is recorded however the run will end.
+
+    Args:
+        store: from `prepare_store`.
+        run_id: from `start_run`.
+        run_dir: the run's folder.
+        send: whether this process sends the points, rather than a courier in the driver.
+    """
     from raysched.tracking import MlflowTracker
 
-    tracker = MlflowTracker(store, run_id, run_dir)
+    tracker = MlflowTracker(store, run_id, run_dir, send=send)
     tracker.log_artifact(run_dir / "config.yaml")
     return tracker
 
