@@ -1,0 +1,171 @@
+"""Forecast of forward equivalents: exact laws, and agreement with plans that are really drawn."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from raysched.config.loading import load_mapping
+from raysched.config.run import NoiseScheduleConfig, RunConfig
+from raysched.diffusion.curriculum import draw_offsets, draw_plan
+from raysched.diffusion.forecast import (
+    MAX_RAMP_STAGES,
+    chosen_sample,
+    course,
+    forecast_run,
+    offset_tail,
+    room_tail,
+    step_forecast,
+)
+from raysched.diffusion.randomness import uniforms
+from raysched.diffusion.schedules import NoiseSchedule
+
+RAMP = {"max_step_offset": 4, "grid": 20, "ramp_steps": 100, "start_step": 20, "prob_end": 0.8}
+
+
+def run_config(rollout: dict[str, Any], **sections: Any) -> RunConfig:
+    return load_mapping({"scheduled_sampling": rollout, **sections}, "test").config
+
+
+def fine_uniforms(count: int) -> torch.Tensor:
+    """Midpoints of `count` cells of (0, 1)."""
+    return (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "biased_early", "biased_late"])
+@pytest.mark.parametrize("max_step_offset", [1, 2, 7, 10])
+def test_the_law_of_the_offset_is_that_of_the_draws(strategy: str, max_step_offset: int) -> None:
+    k = draw_offsets(strategy, fine_uniforms(200_000), max_step_offset)
+    j = torch.arange(1, max_step_offset + 1)
+    drawn = (k[None, :] >= j[:, None]).double().mean(dim=1)
+    law = offset_tail(strategy, max_step_offset, j)
+    torch.testing.assert_close(law, drawn, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("count", "grid"), [(1000, 1000), (1000, 20), (1000, 7), (50, 30)])
+def test_the_room_on_a_ddpm_path_is_exact_over_the_indices(count: int, grid: int) -> None:
+    noise = NoiseScheduleConfig(kind="cosine", num_train_timesteps=count)
+    u = torch.arange(1, count + 1).double() / count
+    endless = torch.full((count,), 10**6)
+    room = NoiseSchedule.from_config(noise).clamp_steps(u, endless, grid)
+    j = torch.arange(1, grid + 1)
+    counted = (room[None, :] >= j[:, None]).double().mean(dim=1)
+    torch.testing.assert_close(room_tail(noise, grid, j), counted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["flow", "linear"])
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+def test_the_room_follows_the_law_of_the_training_time(kind: str, sampling: str) -> None:
+    noise = NoiseScheduleConfig.model_validate({"kind": kind, "timestep_sampling": sampling})
+    schedule = NoiseSchedule.from_config(noise)
+    u = schedule.training_u(fine_uniforms(200_000))
+    room = schedule.clamp_steps(u, torch.full(u.shape, 10**6), 20)
+    j = torch.arange(1, 21)
+    drawn = (room[None, :] >= j[:, None]).double().mean(dim=1)
+    torch.testing.assert_close(room_tail(noise, 20, j), drawn, atol=2e-5, rtol=0)
+
+
+def test_one_unclamped_offset_is_counted_by_hand() -> None:
+    # Uniform on 0, 1, 2; on a grid of one million nothing is clamped: P(k > 0) = 2/3, E[k] = 1.
+    noise = NoiseScheduleConfig(num_train_timesteps=100_000)
+    rolled, steps = chosen_sample(noise, "uniform", 2, 100_000)
+    assert rolled == pytest.approx(2 / 3, rel=1e-4)
+    assert steps == pytest.approx(1.0, rel=1e-4)
+    # With N = 1 a step needs the whole path: a target on a continuous path never has room.
+    assert chosen_sample(noise, "uniform", 2, 1)[1] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_plain_training_costs_three_per_sample_and_nothing_else() -> None:
+    plain = [
+        run_config({}),
+        run_config({"max_step_offset": 3, "probability": 1.0}, exposure="none"),
+        run_config({"max_step_offset": 3, "probability": 0.0}),
+    ]
+    for config in plain:
+        forecast = forecast_run(config)
+        assert (forecast.rollout, forecast.training) == (0.0, 3.0 * 64 * 900)
+
+
+def drawn_cost(config: RunConfig, num_steps: int) -> float:
+    """FE of really drawn plans, counted by the definition."""
+    schedule, size = NoiseSchedule.from_config(config.noise_schedule), config.training.batch_size
+    rollout = config.scheduled_sampling
+    unit = 4 if rollout.sampler == "rk4" else 1
+    clean = bool(rollout.reflexflow) and rollout.reflexflow_alpha != 0
+    total = 0
+    for step in range(num_steps):
+        indices = torch.arange(step * size, (step + 1) * size)
+        target_u = schedule.training_u(uniforms(1, "time", step, indices)[:, 0])
+        plan = draw_plan(config, schedule, target_u, 1, step, indices)
+        total += unit * int(plan.num_steps.sum()) + clean * plan.num_rolled + 3 * size
+    return total
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ramp with ReflexFlow": (RAMP, {}),
+    "cosine ramp": ({**RAMP, "ramp_shape": "cosine", "strategy": "biased_late"}, {}),
+    "falling ramp": ({**RAMP, "prob_start": 1.0, "prob_end": 0.0}, {}),
+    "clamped hard": ({"max_step_offset": 15, "probability": 1.0, "grid": 10}, {}),
+    "logit-normal times": (
+        {"max_step_offset": 12, "probability": 1.0, "grid": 15, "reflexflow": False},
+        {"noise_schedule": {"timestep_sampling": "logit_normal", "shift": 3.0}},
+    ),
+    "rk4 on a DDPM path": (
+        {"max_step_offset": 5, "probability": 0.5, "grid": 20, "sampler": "rk4"},
+        {"prediction_type": "epsilon", "noise_schedule": {"kind": "cosine"}},
+    ),
+    "jump": ({"max_step_offset": 1, "probability": 0.5, "grid": "jump"}, {}),
+    "jump on a coarse DDPM path": (
+        {"max_step_offset": 1, "probability": 1.0, "grid": "jump"},
+        {"prediction_type": "epsilon", "noise_schedule": {"num_train_timesteps": 4}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_forecast_is_within_two_percent_of_drawn_plans(case: str) -> None:
+    rollout, sections = CASES[case]
+    config = run_config(rollout, **sections, training={"budget": {"steps": 300}})
+    forecast = forecast_run(config)
+    assert forecast.steps == 300
+    assert forecast.rollout > 0
+    assert forecast.forward_equivalents == pytest.approx(drawn_cost(config, 300), rel=0.02)
+
+
+def test_the_ramp_is_summed_step_by_step() -> None:
+    config = run_config(RAMP, training={"budget": {"steps": 150}})
+    by_hand = sum(step_forecast(config, step).total for step in range(150))
+    assert forecast_run(config).forward_equivalents == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_a_ramp_of_a_billion_steps_is_summed_by_midpoints() -> None:
+    config = run_config({**RAMP, "ramp_steps": 10**9, "start_step": 0})
+    stages = list(course(config))
+    assert len(stages) <= MAX_RAMP_STAGES + 1
+    assert sum(stage.num_steps for stage in stages[:-1]) == 10**9
+    mean = sum(stage.num_steps * stage.step.rollout for stage in stages[:-1]) / 10**9
+    assert mean == pytest.approx(stages[-1].step.rollout / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [20_000, 19_200, 100_000])
+def test_a_budget_in_fe_ends_with_the_step_that_reaches_it(budget: int) -> None:
+    config = run_config(RAMP, training={"budget": {"forward_equivalents": float(budget)}})
+    forecast = forecast_run(config)
+    assert 0 <= forecast.forward_equivalents - budget < forecast.last.total
+    spent = sum(step_forecast(config, step).total for step in range(forecast.steps))
+    assert forecast.forward_equivalents == pytest.approx(spent, rel=1e-9)
+
+
+def test_a_plain_budget_in_fe_is_met_without_a_step_too_many() -> None:
+    config = run_config({}, training={"budget": {"forward_equivalents": 115_200.0}})
+    assert forecast_run(config).steps == 600
+
+
+def test_a_budget_in_seconds_is_walked_with_the_speed_given() -> None:
+    config = run_config(RAMP, training={"budget": {"seconds": 10.0}})
+    forecast = forecast_run(config, seconds_of=lambda step: step.total / 2000)
+    assert 20_000 <= forecast.forward_equivalents < 20_000 + forecast.last.total
+    assert math.isfinite(forecast.steps)
