@@ -233,7 +233,7 @@ def _finish(axes: Axes, shown: Sequence[TrialRecord], budget: float, winner: int
         if trial.baseline:
             name = "000 teacher forcing (baseline)"
         elif trial.number == winner:
-            name = f"{trial.number:03d} best: {settings_text(trial)}"
+            name = f"{trial.number:03d} winner: {settings_text(trial)}"
         else:
             name = "failed" if trial.status == "failed" else "other trials"
         colour, marker = _style(trial, winner)

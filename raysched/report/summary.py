@@ -28,7 +28,7 @@ def print_summary(result: SweepResult, console: Console) -> None:
     winner = result.winner.number if result.winner else None
     console.print(trial_table(console, result.trials, budget=result.budget, winner=winner))
     if winner is not None:
-        console.print("* best of those that reached the budget", style="dim")
+        console.print("* winner", style="dim")
     console.print()
     if result.status == "stopped":
         _line(console, f"Stopped; go on with --resume output_dir={result.folder}")

@@ -144,7 +144,7 @@ class SweepResult:
         status: finished, stopped (resumable) or failed (the baseline failed).
         folder: its folder.
         trials: all trials, the baseline among them, by number.
-        winner: the best trial that reached the budget; the baseline if nothing beats it.
+        winner: the candidate that beats the baseline by the verdict; else the baseline itself.
         verdict: whether rollouts pay; None for a sweep that was stopped or has no baseline.
         files: what was written, name -> path (or command).
         error: why the sweep failed.

@@ -120,7 +120,9 @@ def _conclude(
     config, seeds = loaded.base.config, len(plan.seeds)
     comparisons = compare(baseline, candidates, config=config, seeds=seeds)
     verdict = decide(trials, comparisons, num_seeds=seeds, metric=metric_name(config))
-    winner = best(trials) or baseline
+    # What can't be told from teacher forcing doesn't beat it, whatever the order of the q values.
+    pays = verdict.answer == "rollouts_pay"
+    winner = (best(candidates) if pays else None) or baseline
     files = {**result.files, **_winner_files(plan, winner)}
     return dataclasses.replace(
         result, status="finished", winner=winner, verdict=verdict, files=files

@@ -104,7 +104,7 @@ def test_every_text_of_the_figures_lies_on_the_page_and_nan_is_left_out(result):
         (legend,) = figure.legends
         words = " ".join(text.get_text() for text in legend.get_texts())
         assert "baseline" in words
-        assert "001 best" in words
+        assert "001 winner" in words
         box = legend.get_window_extent()
         assert box.y0 >= page.y0 - 1
         assert box.y1 <= min(axes.get_tightbbox().y0 for axes in figure.axes) + 1

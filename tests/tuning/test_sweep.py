@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from raysched.tuning.journal import read_events
+from raysched.tuning.journal import Journal, read_events
 from raysched.tuning.sweep import run_sweep
+from raysched.tuning.verdict import Comparison
 from tests.tuning.synthetic import OFFSET, known_comparison, load, synthetic_train
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,38 @@ def test_a_sweep_finds_the_known_best_prunes_the_worse_and_survives_a_failure(
     assert Path(stored["files"]["winner_config"]).is_file()
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def conclude(tmp_path, gain, half_width):
+    """The winner of a sweep that has run already: baseline at 0.5, one candidate."""
+    loaded = load(tmp_path, search={"num_samples": 1})
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    journal = Journal(folder)
+    for number, settings, q in ((0, {}, 0.5), (1, {OFFSET: 2}, 0.5 - gain)):
+        journal.append("suggested", number, baseline=number == 0, assignments=settings)
+        journal.append("ended", number, status="finished", q=q, forward_equivalents=1000.0)
+    interval = [Comparison(1, gain, gain - half_width, gain + half_width)]
+    console = Console(file=io.StringIO())
+    return run_sweep(loaded, resume=True, console=console, compare=lambda *_, **__: interval)
+
+
+@pytest.mark.parametrize(
+    ("gain", "half_width", "winner", "answer"),
+    [
+        (0.2, 0.1, 1, "rollouts_pay"),
+        (0.2, 0.3, 0, "no_clear_winner"),
+        (-0.2, 0.3, 0, "no_clear_winner"),
+        (-0.2, 0.1, 0, "rollouts_do_not_pay"),
+    ],
+)
+def test_a_candidate_is_the_winner_only_where_the_verdict_says_that_it_beats_the_baseline(
+    tmp_path, gain, half_width, winner, answer
+):
+    result = conclude(tmp_path, gain, half_width)
+    assert (result.winner.number, result.verdict.answer) == (winner, answer)
+    assert Path(result.files["winner_config"]).is_file()
+    assert result.exit_code == 0
 
 
 @pytest.mark.ray
@@ -121,6 +154,7 @@ from pathlib import Path
 from rich.console import Console
 from raysched.signals import STOP
 from raysched.tuning.sweep import run_sweep
+from raysched.tuning.verdict import Comparison
 from tests.tuning.synthetic import known_comparison, load, synthetic_train
 STOP.install()
 folder = Path(sys.argv[1])
