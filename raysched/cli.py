@@ -109,6 +109,28 @@ def tune(
     return work
 
 
+@app.command(
+    context_settings=OVERRIDES,
+    epilog="Example: raysched plan configs/digits_flow.yaml training.budget.steps=5000 --json",
+)
+def plan(
+    tokens: Annotated[list[str] | None, typer.Argument(metavar="CONFIG|KEY=VALUE")] = None,
+    as_json: Json = False,
+) -> Work:
+    """Say what a run will cost, before it is started: compute, time, memory and disk."""
+
+    def work() -> Outcome:
+        config = _load_run(tokens)
+        from raysched.training.plan import plan_run, print_plan
+
+        forecast = plan_run(config)
+        if not as_json:
+            print_plan(forecast, _console(as_json))
+        return Outcome(forecast.as_json())
+
+    return work
+
+
 @app.command(epilog="Example: raysched sample runs/digits_flow-20260101-120000 --class-label 3")
 def sample(
     source: Annotated[

@@ -20,7 +20,7 @@ from raysched.errors import ConfigError, RunFailedError
 from raysched.outcome import Outcome, report, warn
 from raysched.signals import STOP, StopRequest
 
-COMMANDS = ("train", "tune", "sample", "show-config", "schema", "doctor", "sync")
+COMMANDS = ("train", "plan", "tune", "sample", "show-config", "schema", "doctor", "sync")
 HEAVY = ("torch", "ray", "mlflow", "diffusers", "pandas", "matplotlib", "sklearn", "scipy")
 
 
