@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from raysched.config.entries import COMMAND_LINE, Entries, Finding
 from raysched.config.fields import show
 from raysched.config.rules import SS, Check, never_rolled, rollouts_off, while_on
-from raysched.config.run import RunConfig
+from raysched.config.run import RunConfig, ScheduledSamplingConfig
 
-RAMP = tuple(SS + f for f in ("prob_start", "prob_end", "start_step", "ramp_shape"))
+RAMP = tuple(SS + f for f in ("prob_start", "prob_end"))
+RAMPS = tuple(SS + f for f in ("start_step", "ramp_shape"))
 REFLEX = tuple(SS + f"reflexflow_{f}" for f in ("alpha", "beta1", "beta2", "norm"))
-SHAPE = tuple(SS + f for f in ("strategy", "sampler", "order", "grid", "target", "reflexflow"))
 CHANCE = (SS + "probability", SS + "ramp_steps")
+SHAPE = tuple(
+    SS + name
+    for name in ScheduledSamplingConfig.model_fields
+    if SS + name not in (*RAMP, *RAMPS, *REFLEX, *CHANCE, SS + "max_step_offset")
+)
 UNET = tuple(
     "model." + f
     for f in ("block_out_channels", "layers_per_block", "attention", "norm_num_groups")
@@ -21,6 +26,7 @@ UNET = tuple(
 DIT = tuple(
     "model." + f for f in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
 )
+RIVALS = ("input_perturbation", "self_correction", "defar", "mixflow", "dream")
 EVALUATION = tuple(f"evaluation.{f}" for f in type(RunConfig().evaluation).model_fields)[1:]
 
 
@@ -52,17 +58,28 @@ def _reflex_is_off(c: RunConfig) -> str | None:
     return "reflexflow is off" + ("" if flow else f" ({c.prediction_type} is no flow_matching)")
 
 
+def _rival(method: str) -> Idle:
+    """A method's own section, while another method is chosen."""
+    fields = type(getattr(RunConfig(), method)).model_fields
+    return Idle(
+        tuple(f"{method}.{field}" for field in fields),
+        ("exposure",),
+        lambda c: f"exposure is {c.exposure}" if c.exposure != method else None,
+    )
+
+
 IDLE: tuple[Idle, ...] = (
     Idle(
-        (*CHANCE, *RAMP, *SHAPE, *REFLEX),
+        (*CHANCE, *RAMP, *RAMPS, *SHAPE, *REFLEX),
         (SS + "max_step_offset",),
-        lambda c: rollouts_off(c) if c.exposure != "none" else None,
+        lambda c: rollouts_off(c) if c.exposure == "scheduled_sampling" else None,
     ),
     Idle(
-        (SS + "max_step_offset", *CHANCE, *RAMP, *SHAPE, *REFLEX),
+        (SS + "max_step_offset", *CHANCE, *RAMP, *RAMPS, *SHAPE, *REFLEX),
         ("exposure",),
-        lambda c: rollouts_off(c) if c.exposure == "none" else None,
+        lambda c: rollouts_off(c) if c.exposure != "scheduled_sampling" else None,
     ),
+    *map(_rival, RIVALS),
     Idle((SS + "max_step_offset", *SHAPE, *REFLEX), CHANCE, never_rolled),
     Idle(
         RAMP,
@@ -70,6 +87,43 @@ IDLE: tuple[Idle, ...] = (
         while_on(
             _if(lambda c: not c.scheduled_sampling.ramp_steps, "there is no ramp; set ramp_steps")
         ),
+    ),
+    Idle(
+        RAMPS,
+        (SS + "ramp_steps", SS + "offset_ramp_steps"),
+        while_on(
+            _if(
+                lambda c: (
+                    not (c.scheduled_sampling.ramp_steps or c.scheduled_sampling.offset_ramp_steps)
+                ),
+                "there is no ramp; set ramp_steps",
+            )
+        ),
+    ),
+    Idle(
+        (SS + "offset_start",),
+        (SS + "offset_ramp_steps",),
+        while_on(
+            _if(
+                lambda c: not c.scheduled_sampling.offset_ramp_steps,
+                "there is no ramp of K; set offset_ramp_steps",
+            )
+        ),
+    ),
+    Idle(
+        (SS + "posterior_reference",),
+        (SS + "target",),
+        while_on(
+            _if(
+                lambda c: c.scheduled_sampling.target != "posterior_mean",
+                "target is not posterior_mean",
+            )
+        ),
+    ),
+    Idle(
+        (SS + "jump_gradient",),
+        (SS + "grid",),
+        while_on(_if(lambda c: c.scheduled_sampling.grid != "jump", "it takes grid: jump")),
     ),
     Idle(
         (SS + "probability",),
@@ -92,7 +146,7 @@ IDLE: tuple[Idle, ...] = (
         ),
     ),
     Idle(
-        (SS + "strategy",),
+        (SS + "strategy", SS + "reuse"),
         (SS + "grid",),
         while_on(
             _if(
@@ -116,6 +170,11 @@ IDLE: tuple[Idle, ...] = (
                 else "reflexflow_alpha is 0"
             )
         ),
+    ),
+    Idle(
+        ("defar.norm",),
+        ("defar.alpha",),
+        _if(lambda c: c.exposure == "defar" and not c.defar.alpha, "defar.alpha is 0"),
     ),
     Idle(
         ("noise_schedule.shift",),
@@ -169,6 +228,18 @@ ASKS_NOTHING = {
     (SS + "reflexflow", "auto"),
     (SS + "order", "auto"),
     (SS + "grid", None),
+    (SS + "offset_ramp_steps", 0),
+    (SS + "stratified", False),
+    (SS + "t_min", 0),
+    (SS + "t_max", 1),
+    (SS + "source_t_max", 1),
+    (SS + "ancestral", False),
+    (SS + "guidance_scale", 1),
+    (SS + "policy", "online"),
+    (SS + "dropout", False),
+    (SS + "bucket", 1),
+    (SS + "reuse", "last"),
+    (SS + "jump_gradient", False),
     ("data.path", None),
     ("data.grayscale", False),
     ("tracking.uri", None),

@@ -26,6 +26,7 @@ from raysched.config.fields import RUN, same
 from raysched.config.idle import check_idle
 from raysched.config.overrides import merge, resolve_tokens, split_tokens
 from raysched.config.parsing import StrictDumper, bounded, read_mapping
+from raysched.config.rollout_rules import ROLLOUT_CAUTIONS, ROLLOUT_ERRORS
 from raysched.config.rules import CAUTIONS, ERRORS, check_rules
 from raysched.config.run import RunConfig
 from raysched.errors import ConfigError
@@ -149,7 +150,7 @@ def examine(entries: Entries) -> tuple[RunConfig, list[Finding]]:
             path = ".".join(str(part) for part in e["loc"])
             mistakes.append(Finding("configuration", path, e["msg"]))
         return RunConfig(), mistakes
-    return config, [*mistakes, *check_rules(ERRORS, config, good, refused)]
+    return config, [*mistakes, *check_rules((*ERRORS, *ROLLOUT_ERRORS), config, good, refused)]
 
 
 def warnings_of(
@@ -157,7 +158,7 @@ def warnings_of(
 ) -> list[Finding]:
     """The warnings for a configuration without mistakes."""
     asked = {p: e for p, e in entries.items() if e.place == COMMAND_LINE or not spelled_out}
-    cautions = check_rules(CAUTIONS, config, asked, frozenset())
+    cautions = check_rules((*CAUTIONS, *ROLLOUT_CAUTIONS), config, asked, frozenset())
     return [*cautions, *check_idle(config, entries, only_overrides=spelled_out)]
 
 

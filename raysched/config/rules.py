@@ -44,6 +44,8 @@ def rollouts_off(c: RunConfig) -> str | None:
     """Why no rollouts can happen, whatever the probability; None if they can."""
     if c.exposure == "none":
         return "exposure is none, so there are no rollouts"
+    if c.exposure != "scheduled_sampling":
+        return f"exposure is {c.exposure}, which has settings of its own"
     if c.scheduled_sampling.max_step_offset == 0:
         return "max_step_offset is 0, so there are no rollouts; set it (5 to 10 is usual)"
     return None
@@ -84,6 +86,15 @@ def _schedule(c: RunConfig) -> str | None:
     return (
         f"must be flow for prediction_type flow_matching, got {c.noise_schedule.kind}; "
         "DDPM schedules go with epsilon, v_prediction or sample"
+    )
+
+
+def _flow_method(c: RunConfig) -> str | None:
+    if c.exposure not in ("defar", "mixflow") or c.prediction_type == "flow_matching":
+        return None
+    return (
+        f"must not be {c.exposure} unless prediction_type is flow_matching, "
+        f"got prediction_type {c.prediction_type}"
     )
 
 
@@ -193,6 +204,7 @@ def _text_given(path: str) -> Rule:
 
 ERRORS: tuple[Rule, ...] = (
     Rule(SS + "reflexflow", ("prediction_type", "noise_schedule.kind"), _reflexflow),
+    Rule("exposure", ("prediction_type", "noise_schedule.kind"), _flow_method),
     Rule("noise_schedule.kind", ("prediction_type",), _schedule),
     Rule(SS + "grid", ("noise_schedule.num_train_timesteps",), _grid, (SS + "grid",)),
     Rule("noise_schedule.beta_start", ("noise_schedule.beta_end",), _betas),
@@ -212,27 +224,6 @@ ERRORS: tuple[Rule, ...] = (
     ),
     *map(_text_given, ("data.path", "data.cache_dir", "training.output_dir", "tracking.uri")),
 )
-
-
-def _clamped(c: RunConfig) -> str | None:
-    offset, grid = c.scheduled_sampling.max_step_offset, c.scheduled_sampling.grid
-    if not isinstance(grid, int) or offset <= grid:
-        return None
-    return f"is more than the whole path of {grid} steps (grid); longer rollouts are clamped"
-
-
-def _falling(c: RunConfig) -> str | None:
-    s = c.scheduled_sampling
-    if not s.ramp_steps or s.prob_start <= s.prob_end:
-        return None
-    return f"is above prob_end ({s.prob_end:g}), so the chance falls along the ramp"
-
-
-def _late(c: RunConfig) -> str | None:
-    s, steps = c.scheduled_sampling, c.training.budget.steps
-    if not s.ramp_steps or steps is None or s.start_step < steps:
-        return None
-    return f"is not before the budget's end ({steps} steps), so the ramp never begins"
 
 
 def _rk4_nfe(c: RunConfig) -> str | None:
@@ -258,9 +249,6 @@ def _null_class(c: RunConfig) -> str | None:
 
 
 CAUTIONS: tuple[Rule, ...] = (
-    Rule(SS + "max_step_offset", (SS + "grid",), while_on(_clamped)),
-    Rule(SS + "prob_start", (SS + "prob_end",), while_on(_falling)),
-    Rule(SS + "start_step", ("training.budget.steps",), while_on(_late), (SS + "start_step",)),
     Rule("evaluation.nfe", ("evaluation.sampler",), _rk4_nfe),
     Rule("training.device", ("scaling.use_gpu",), _needs_gpu),
     Rule("evaluation.guidance_scale", ("model.label_dropout",), _null_class),

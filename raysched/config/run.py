@@ -11,6 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from raysched.config.rivals import (
+    DefarConfig,
+    DreamConfig,
+    InputPerturbationConfig,
+    MixFlowConfig,
+    SelfCorrectionConfig,
+)
+from raysched.config.scheduled_sampling import ScheduledSamplingConfig
 from raysched.config.sections import (
     LARGEST_INT,
     DataConfig,
@@ -58,51 +66,15 @@ __all__ = [
     "TrainingConfig",
 ]
 
-
-class ScheduledSamplingConfig(Section):
-    """The rollout: which samples, how far, by which solver, towards which target, which loss."""
-
-    max_step_offset: NonNegativeInt = Field(
-        0, description="K: the offset k is drawn per sample from 0..K; 0 turns rollouts off."
-    )
-    probability: Fraction = Field(0.0, description="Chance that a sample is rolled out.")
-    ramp_steps: NonNegativeInt = Field(
-        0, description="Ramp the chance from prob_start to prob_end over so many optimizer steps."
-    )
-    prob_start: Fraction = Field(0.0, description="Chance at the ramp's start.")
-    prob_end: Fraction = Field(0.5, description="Chance at the ramp's end and afterwards.")
-    start_step: NonNegativeInt = Field(0, description="Optimizer step at which the ramp begins.")
-    ramp_shape: Literal["linear", "cosine"] = Field("linear", description="Shape of the ramp.")
-    strategy: Literal["uniform", "biased_early", "biased_late"] = Field(
-        "uniform", description="Law of k: U{0..K}, round(v^2 K) or round((1 - v^2) K)."
-    )
-    sampler: SolverName = Field("unipc", description="Solver of the rollout's ODE.")
-    order: Literal["auto", 1, 2, 3] = Field(
-        "auto", description="Order of dpm and unipc; auto is 2."
-    )
-    grid: PositiveInt | Literal["jump"] | None = Field(
-        None,
-        description="N: a rollout step is 1/N of the path; default: the training grid T. "
-        "jump: one step of random length.",
-    )
-    target: Literal["original", "anchored"] = Field(
-        "anchored", description="Target at the self-made latent: teacher-forced or consistent."
-    )
-    reflexflow: bool | Literal["auto"] = Field(
-        "auto", description="ReflexFlow losses; auto: on for flow_matching when K > 0."
-    )
-    reflexflow_alpha: NonNegativeFloat = Field(
-        1.0, description="Weight of the frequency compensation."
-    )
-    reflexflow_beta1: NonNegativeFloat = Field(
-        10.0, description="Weight of the anti-drift (direction) term."
-    )
-    reflexflow_beta2: NonNegativeFloat = Field(
-        1.0, description="Weight of the frequency-compensated loss."
-    )
-    reflexflow_norm: Literal["l1_sum", "l1_mean"] = Field(
-        "l1_sum", description="Norm in the compensation weight: as published, or effective."
-    )
+ExposureMethod = Literal[
+    "none",
+    "scheduled_sampling",
+    "input_perturbation",
+    "self_correction",
+    "defar",
+    "mixflow",
+    "dream",
+]
 
 
 class BudgetConfig(Section):
@@ -189,7 +161,7 @@ class RunConfig(Section):
         "run", description="Name of the run and of its folder."
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of all randomness.")
-    exposure: Literal["none", "scheduled_sampling"] = Field(
+    exposure: ExposureMethod = Field(
         "scheduled_sampling", description="Method against exposure bias; none: plain training."
     )
     prediction_type: PredictionType = Field(
@@ -201,6 +173,13 @@ class RunConfig(Section):
     scheduled_sampling: ScheduledSamplingConfig = Field(
         default_factory=lambda: ScheduledSamplingConfig()
     )
+    input_perturbation: InputPerturbationConfig = Field(
+        default_factory=lambda: InputPerturbationConfig()
+    )
+    self_correction: SelfCorrectionConfig = Field(default_factory=lambda: SelfCorrectionConfig())
+    defar: DefarConfig = Field(default_factory=lambda: DefarConfig())
+    mixflow: MixFlowConfig = Field(default_factory=lambda: MixFlowConfig())
+    dream: DreamConfig = Field(default_factory=lambda: DreamConfig())
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig())
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig())
     evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig())
@@ -211,6 +190,35 @@ class RunConfig(Section):
     @classmethod
     def _resolve(cls, value: Any) -> Any:
         return _resolved(value) if isinstance(value, dict) else value
+
+    @property
+    def rollout(self) -> ScheduledSamplingConfig:
+        """The rollouts that the run's method makes, K = 0 if it makes none.
+
+        DEFAR is a rollout of one step of random length with ReflexFlow's loss, and
+        self-correction starts where such a jump starts.
+        """
+        if self.exposure == "scheduled_sampling":
+            return self.scheduled_sampling
+        if self.exposure == "defar":
+            return _jump(
+                1.0,
+                reflexflow=True,
+                reflexflow_alpha=self.defar.alpha,
+                reflexflow_beta1=self.defar.beta1,
+                reflexflow_beta2=self.defar.beta2,
+                reflexflow_norm=self.defar.norm,
+            )
+        if self.exposure == "self_correction":
+            return _jump(self.self_correction.probability, reflexflow=False)
+        return ScheduledSamplingConfig(reflexflow=False)
+
+
+def _jump(probability: float, **reflexflow: Any) -> ScheduledSamplingConfig:
+    """Rollouts of one Euler step of random length, towards anchored targets."""
+    return ScheduledSamplingConfig(
+        max_step_offset=1, probability=probability, grid="jump", sampler="euler", **reflexflow
+    )
 
 
 def _resolved(raw: dict[str, Any]) -> dict[str, Any]:
