@@ -35,7 +35,7 @@ class StepForecast:
     Attributes:
         num_rolled: R, samples with k > 0.
         num_unit_steps: sum of k.
-        rollout: FE without gradient: the solver's forwards and the clean predictions.
+        rollout: FE of making the inputs: the solver's forwards, clean and other predictions.
         training: FE of the gradient.
     """
 
@@ -142,20 +142,22 @@ def chosen_sample(
 
 def chance_of_rollout(config: RunConfig, step: int) -> float:
     """Chance that a sample of an optimizer step is chosen for a rollout."""
-    rollout = config.scheduled_sampling
-    if config.exposure == "none" or rollout.max_step_offset == 0:
+    rollout = config.rollout
+    if rollout.max_step_offset == 0:
         return 0.0
     return probability_at(step, rollout)
 
 
 def forwards_per_unit_step(config: RunConfig) -> int:
-    """Sample-forwards of one step of the rollout's solver."""
-    return 4 if config.scheduled_sampling.sampler == "rk4" else 1
+    """FE of one step of the rollout's solver: its forwards, at 3 where their gradient is kept."""
+    if config.exposure == "defar" and config.defar.jump_gradient:
+        return GRADIENT_COST
+    return 4 if config.rollout.sampler == "rk4" else 1
 
 
 def clean_forwards(config: RunConfig) -> int:
     """Predictions at x_t per rolled sample, which ReflexFlow's frequency compensation wants."""
-    rollout = config.scheduled_sampling
+    rollout = config.rollout
     return int(bool(rollout.reflexflow) and rollout.reflexflow_alpha != 0)
 
 
@@ -166,7 +168,7 @@ def step_forecast(config: RunConfig, step: int) -> StepForecast:
         config: the resolved run.
         step: number of the step, from 0.
     """
-    rollout, size = config.scheduled_sampling, config.training.batch_size
+    rollout, size = config.rollout, config.training.batch_size
     chosen = size * chance_of_rollout(config, step)
     num_rolled = num_unit_steps = 0.0
     if chosen:
@@ -179,14 +181,15 @@ def step_forecast(config: RunConfig, step: int) -> StepForecast:
         num_rolled=num_rolled,
         num_unit_steps=num_unit_steps,
         rollout=forwards_per_unit_step(config) * num_unit_steps
-        + clean_forwards(config) * num_rolled,
+        + clean_forwards(config) * num_rolled
+        + (size if config.exposure == "dream" else 0),
         training=float(GRADIENT_COST * size),
     )
 
 
 def course(config: RunConfig) -> Iterator[Stage]:
     """The run's stages in order: what lies before the ramp, the ramp, and the endless rest."""
-    rollout = config.scheduled_sampling
+    rollout = config.rollout
     begin, length = rollout.start_step, rollout.ramp_steps
     if not length:
         yield Stage(0, math.inf, step_forecast(config, 0))

@@ -1,12 +1,11 @@
-"""Methods against exposure bias: from a batch to what the network is trained on.
+"""Scheduled sampling: from a batch to what the network is trained on.
 
-Each method is one function; a run names it by `exposure`. Plain teacher forcing is both a method
-and what the others begin with.
+Plain teacher forcing is both a method and what the others begin with; those that compete with
+scheduled sampling are in `rivals`, and `methods` lists them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -47,7 +46,7 @@ def scheduled_sampling(run: Run, batch: Batch) -> TrainingInputs:
         return plain
     rolled = roll_out(run, batch, plain.sample)
     target = plain.target
-    if run.config.scheduled_sampling.target == "anchored":
+    if run.config.rollout.target == "anchored":
         alpha, sigma = run.schedule.alpha_sigma(plan.target_u)
         anchored = anchored_target(
             run.config.prediction_type, batch.x0, rolled.sample, alpha, sigma, target
@@ -64,12 +63,6 @@ def scheduled_sampling(run: Run, batch: Batch) -> TrainingInputs:
         num_steps=int(plan.num_steps.sum()),
         drift=rolled.drift,
     )
-
-
-METHODS: dict[str, Callable[[Run, Batch], TrainingInputs]] = {
-    "none": teacher_forced,
-    "scheduled_sampling": scheduled_sampling,
-}
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:

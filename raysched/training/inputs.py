@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
+
+
+class Jump(Protocol):
+    """Inputs that are made within the micro-batch that trains on them, with gradient."""
+
+    drift: float
+
+    def remake(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Sample and target of the rows (m,), (m, C, H, W) each; adds to the drift."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,8 @@ class TrainingInputs:
         num_rolled: R on this rank.
         num_steps: sum of k on this rank.
         drift: summed over the rolled rows, root mean square distance from x_t.
+        jump: makes sample, target and drift instead of those above, where a gradient flows
+            through what made them.
     """
 
     sample: Tensor
@@ -39,3 +51,4 @@ class TrainingInputs:
     num_rolled: int = 0
     num_steps: int = 0
     drift: float = 0.0
+    jump: Jump | None = None

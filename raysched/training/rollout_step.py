@@ -47,7 +47,7 @@ def roll_out(run: Run, batch: Batch, x_t: Tensor) -> RolledInputs:
 
 def _generate(run: Run, batch: Batch, x_t: Tensor) -> tuple[Tensor, Tensor | None, int]:
     """Self-made latents, clean predictions if wanted, and this rank's forwards."""
-    settings, plan = run.config.scheduled_sampling, batch.plan
+    settings, plan = run.config.rollout, batch.plan
     with_clean = bool(settings.reflexflow) and settings.reflexflow_alpha != 0
     calls = plan_calls(
         plan,

@@ -15,8 +15,8 @@ from torch import Tensor
 from raysched.diffusion.losses import plain_loss, reflexflow_loss
 from raysched.diffusion.randomness import generator
 from raysched.training.batch import draw_batch
-from raysched.training.exposure import METHODS
 from raysched.training.inputs import TrainingInputs
+from raysched.training.methods import METHODS
 from raysched.training.setup import Run
 
 
@@ -91,18 +91,21 @@ def sample_losses(run: Run, inputs: TrainingInputs, rows: Tensor) -> Tensor:
     Returns:
         (m,).
     """
-    sample, settings = inputs.sample[rows], run.config.scheduled_sampling
+    settings = run.config.rollout
+    sample, target = inputs.sample[rows], inputs.target[rows]
+    if inputs.jump is not None:
+        sample, target = inputs.jump.remake(rows)
     timestep = run.schedule.model_time(inputs.u[rows]).to(sample)
     with run.accelerator.autocast():
         prediction = run.network(
             sample=sample, timestep=timestep, class_labels=inputs.labels[rows]
         )
     if not (inputs.num_rolled and settings.reflexflow):
-        return plain_loss(prediction, inputs.target[rows])
+        return plain_loss(prediction, target)
     clean = inputs.clean_prediction
     return reflexflow_loss(
         prediction,
-        inputs.target[rows],
+        target,
         sample,
         inputs.x0[rows],
         None if clean is None else clean[rows],
@@ -141,7 +144,7 @@ def _result(
             inputs.num_rolled,
             inputs.num_forwards,
             inputs.num_steps,
-            inputs.drift,
+            inputs.drift if inputs.jump is None else inputs.jump.drift,
         ],
         dtype=torch.float64,
     )
