@@ -187,11 +187,13 @@ def _run_loop(
 ) -> RunResult:
     import torch
 
+    from raysched.training.allocator import keep_freed_memory
     from raysched.training.loop import train_loop
 
     config = RunConfig.model_validate(job.config)
     # More threads than CPUs cost 5-10x; a known number also makes sums reproducible.
     torch.set_num_threads(threads or config.scaling.cpus_per_worker)
+    keep_freed_memory()
     tracker = job.make_tracker() if job.make_tracker and rank == 0 else NullTracker()
     return train_loop(config, run_dir=Path(job.run_dir), report=report, tracker=tracker)
 

@@ -31,6 +31,7 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
             errno.EROFS: "the file system is read-only: set training.output_dir",
             errno.EACCES: "permission denied: set training.output_dir to a folder of yours",
             errno.EPERM: "permission denied: set training.output_dir to a folder of yours",
+            errno.ENOENT: "no folder can be made there: set training.output_dir",
             errno.ENOTDIR: "a file stands where a folder is needed: set training.output_dir",
             errno.EEXIST: "a file stands where a folder is needed: set training.output_dir",
         }

@@ -13,7 +13,7 @@ from raysched.tuning.records import SweepResult, TrialRecord
 from raysched.tuning.trial import TrialPlan
 
 if TYPE_CHECKING:
-    from raysched.tracking import StoreHandle
+    from raysched.tracking import Courier, StoreHandle
 
 # A store that doesn't answer must not hold up the other trials for long.
 TIMEOUT_S = 10.0
@@ -28,12 +28,14 @@ class SweepStore:
         parent: the sweep's run.
         folder: the sweep's folder.
         keys: the settings that every child shows as parameters.
+        courier: sends what the trials have written down.
     """
 
     handle: StoreHandle
     parent: str
     folder: Path
     keys: tuple[str, ...]
+    courier: Courier
 
     def open_run(self, record: TrialRecord, plan: TrialPlan) -> str:
         """Make a trial's run below the sweep's; the same parameters for every trial."""
@@ -42,7 +44,7 @@ class SweepStore:
         resolved = flatten(plan.config(record.as_trial(), plan.seeds[0]).model_dump(mode="json"))
         run_dir = Path(record.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        return start_run(
+        run_id = start_run(
             self.handle,
             f"{self.folder.name}/{record.name}",
             run_dir=run_dir,
@@ -55,6 +57,8 @@ class SweepStore:
                 "raysched.baseline": str(record.baseline).lower(),
             },
         )
+        self.courier.watch(run_dir)
+        return run_id
 
     def close_run(self, record: TrialRecord) -> None:
         """End the run of a trial that failed."""
@@ -67,7 +71,7 @@ class SweepStore:
         """Record the verdict and the report's files, and end the sweep's run."""
         from raysched.tracking import MlflowTracker
 
-        tracker = MlflowTracker(self.handle, self.parent, self.folder)
+        tracker = MlflowTracker(self.handle, self.parent, self.folder, send=False)
         if result.verdict is not None:
             tracker.set_tags(
                 {"verdict": result.verdict.text, "verdict.answer": result.verdict.answer}
@@ -80,6 +84,11 @@ class SweepStore:
                 tracker.log_artifact(path, folder)
         status: RunStatus = result.status
         tracker.close(status)
+        self.close()
+
+    def close(self) -> None:
+        """Send what the trials still have, and stop sending."""
+        self.courier.close()
 
     def ui_command(self) -> str:
         """The line that opens the store's page."""
@@ -93,7 +102,7 @@ def open_store(loaded: LoadedSweep, folder: Path, *, budget: float) -> SweepStor
     base, sweep = loaded.base.config, loaded.sweep
     if not base.tracking.enabled:
         return None
-    from raysched.tracking import prepare_store, start_run
+    from raysched.tracking import Courier, prepare_store, start_run
 
     handle = prepare_store(base.tracking, Path.cwd())
     params: dict[str, Any] = {
@@ -109,4 +118,8 @@ def open_store(loaded: LoadedSweep, folder: Path, *, budget: float) -> SweepStor
         params=params,
         tags={"raysched.kind": "sweep", "raysched.sweep": folder.name},
     )
-    return SweepStore(handle, parent, folder, tuple(sweep.space))
+    courier = Courier(handle)
+    # A sweep that was killed may have left points of its trials behind.
+    for record in sorted(folder.rglob("tracking/run.json")):
+        courier.watch(record.parent.parent)
+    return SweepStore(handle, parent, folder, tuple(sweep.space), courier)

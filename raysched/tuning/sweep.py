@@ -6,6 +6,7 @@ the journal holds survives a kill of the driver, and `--resume` goes on from the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -73,9 +74,11 @@ def run_sweep(
     """
     sweep, base = loaded.sweep, loaded.base.config
     folder = sweep_folder(sweep, resume=resume)
-    with open_sweep_folder(folder, sweep, base):
+    with open_sweep_folder(folder, sweep, base), contextlib.ExitStack() as at_end:
         journal = Journal(folder)
         store = open_store(loaded, folder, budget=loaded.budget)
+        if store is not None:
+            at_end.callback(store.close)
         plan = TrialPlan(
             raw=loaded.base.raw,
             folder=folder,

@@ -23,7 +23,7 @@ from raysched.errors import UserError
 from raysched.tuning.records import FORWARD_EQUIVALENTS, OBJECTIVE, Q_HIGH, Q_LOW, Q, trial_name
 
 if TYPE_CHECKING:
-    from raysched.tracking import MlflowTracker, StoreHandle
+    from raysched.tracking import StoreHandle
     from raysched.training.result import RunResult
 
 TrialReport = Callable[[dict[str, Any]], None]
@@ -211,19 +211,12 @@ def train_run(
 ) -> RunResult:
     """Train one run by the launcher, tracked under the run that the driver made for it."""
     from raysched.distributed.launch import run_training
+    from raysched.distributed.train import make_tracker
     from raysched.training.run_folder import holds_run, open_run_folder
     from raysched.training.stop import clear_stop
 
     open_run_folder(config, run_dir, resume=holds_run(run_dir))
     clear_stop(run_dir)
-    make = functools.partial(make_tracker, *tracking, run_dir) if tracking else None
+    # The sweep's driver carries the points of all trials.
+    make = functools.partial(make_tracker, *tracking, run_dir, send=False) if tracking else None
     return run_training(config, run_dir=run_dir, report=report, make_tracker=make)
-
-
-def make_tracker(store: StoreHandle, run_id: str, run_dir: Path) -> MlflowTracker:
-    """Rank 0's tracker, made in its process; the config is recorded however the run will end."""
-    from raysched.tracking import MlflowTracker
-
-    tracker = MlflowTracker(store, run_id, run_dir)
-    tracker.log_artifact(run_dir / "config.yaml")
-    return tracker
