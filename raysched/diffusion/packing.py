@@ -39,18 +39,26 @@ class Packing:
         return len(self.bounds) - 1
 
 
-def pack_chains(lengths: Tensor, capacity: int) -> Packing:
+def calls_needed(lengths: Tensor, capacity: int) -> int:
+    """The least number of calls: the longest chain, or all forwards over the capacity."""
+    longest = int(lengths.max()) if lengths.numel() else 0
+    return max(longest, -(-int(lengths.sum()) // capacity))
+
+
+def pack_chains(lengths: Tensor, capacity: int, least_calls: int = 0) -> Packing:
     """Pack chains into the least number of calls.
 
     Args:
         lengths: (L,) int64 on the CPU, forwards per chain, 0 allowed.
         capacity: most rows in a call, at least 1.
+        least_calls: spread the forwards over so many calls if fewer would do; calls are empty
+            where there are fewer forwards than that.
     """
     total = int(lengths.sum())
+    num_calls = max(calls_needed(lengths, capacity), least_calls)
     if total == 0:
         empty = torch.empty(0, dtype=torch.int64)
-        return Packing(empty, empty, (0,))
-    num_calls = max(int(lengths.max()), -(-total // capacity))
+        return Packing(empty, empty, (0,) * (num_calls + 1))
     chain = torch.repeat_interleave(lengths)
     begin = (torch.cumsum(lengths, dim=0) - lengths)[chain]
     place = torch.arange(total)

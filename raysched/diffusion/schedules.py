@@ -19,6 +19,8 @@ from torch import Tensor
 from raysched.config.run import NoiseScheduleConfig, ScheduleKind
 
 MODEL_TIME_SCALE = 1000.0
+# Rounding that the largest offset on a path forgives.
+CLAMP_TOLERANCE = 1e-6
 _COSINE_OFFSET, _MAX_BETA = 0.008, 0.999
 
 
@@ -86,6 +88,13 @@ class NoiseSchedule:
             return self.shift * u / (1 + (self.shift - 1) * u)
         return (self.index(u) + 1).double() / self.num_train_timesteps
 
+    def uniform_coordinate(self, t: float) -> float:
+        """u of a path time: the inverse of the flow's shift, or the last index at or below t."""
+        if self.is_flow:
+            return t / (self.shift - (self.shift - 1) * t)
+        count = self.num_train_timesteps
+        return math.floor(t * count + CLAMP_TOLERANCE) / count
+
     def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at u, float64 and of u's shape; (1, 0) at u = 0."""
         if self.is_flow:
@@ -127,21 +136,22 @@ class NoiseSchedule:
         index = (r * self.num_train_timesteps).long().clamp_max(self.num_train_timesteps - 1)
         return (index + 1).double() / self.num_train_timesteps
 
-    def clamp_steps(self, u: Tensor, k: Tensor, grid: int) -> Tensor:
+    def clamp_steps(self, u: Tensor, k: Tensor, grid: int, u_max: float = 1.0) -> Tensor:
         """Offsets that stay on the path: the source must not lie beyond its noisy end.
 
         Args:
             u: (B,) targets.
             k: (B,) int64 offsets in steps of the grid.
             grid: N.
+            u_max: the noisiest source allowed.
 
         Returns:
             (B,) int64; integer arithmetic where there are indices.
         """
         if self.is_flow:
-            room = torch.floor((1 - u.double()) * grid + 1e-6).long()
+            room = torch.floor((u_max - u.double()) * grid + CLAMP_TOLERANCE).long()
         else:
-            last = self.num_train_timesteps - 1
+            last = round(u_max * self.num_train_timesteps) - 1
             room = (last - self.index(u)) * grid // self.num_train_timesteps
         return torch.minimum(k, room.clamp_min(0))
 

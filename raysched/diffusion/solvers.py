@@ -12,6 +12,8 @@ time of the rollout. All lanes have their own history: empty at their source.
   unipc   UniPC bh2 with data prediction (Zhao et al. 2023, arXiv 2302.04867)
   rk4     the classical Runge-Kutta method in Euler's variables, four forwards per step
 
+Euler's step has an ancestral form, which keeps less of the predicted noise and adds fresh noise.
+
 A step down to sigma = 0 is Euler's for every solver and gives x0 as predicted.
 
 Legend: L lanes, S steps of the longest lane, F forwards of the longest lane.
@@ -19,10 +21,7 @@ Legend: L lanes, S steps of the longest lane, F forwards of the longest lane.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,41 +29,12 @@ from torch import Tensor
 from raysched.config.run import PredictionType, SolverName
 from raysched.diffusion.multistep import Terms, dpm_terms, unipc_terms
 from raysched.diffusion.parameterization import eps_coefficients, x0_coefficients
+from raysched.diffusion.programs import EULER, RK4, Order, Program, solver_program
 from raysched.diffusion.schedules import MODEL_TIME_SCALE, NoiseSchedule
 
-Order = Literal["auto", 1, 2, 3]
+__all__ = ["Nodes", "Order", "Program", "SolverTable", "build_table", "solver_program"]
+
 EPSILON_SCALING_ALPHA_FLOOR = 0.05
-
-
-@dataclass(frozen=True)
-class Program:
-    """What happens after each network call, the same for all lanes.
-
-    Attributes:
-        rows: state rows; the first, x, is the network's input, and the initial value of those
-            in `start`.
-        updates: (name, sources) in order: name becomes the linear combination of its sources;
-            `out` is the network's output.
-        carry: new row -> the value that it takes.
-        start: rows that begin as the source latent; the others begin as zeros.
-        forwards_per_step: network calls of one step.
-    """
-
-    rows: tuple[str, ...]
-    updates: tuple[tuple[str, tuple[str, ...]], ...]
-    carry: Mapping[str, str]
-    start: tuple[str, ...] = ("x",)
-    forwards_per_step: int = 1
-
-    @cached_property
-    def terms(self) -> tuple[tuple[str, str], ...]:
-        """(name, source) of every coefficient, in the order in which they are used."""
-        return tuple((name, source) for name, sources in self.updates for source in sources)
-
-    def emitting(self) -> Tensor:
-        """Coefficients (num_terms,) with which x becomes the network's output, unchanged."""
-        ones = {("m", "out"), ("x", "out" if ("x", "out") in self.terms else "m")}
-        return torch.tensor([float(term in ones) for term in self.terms], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -124,62 +94,6 @@ class Nodes:
         return self.to_eps[0] - self.to_x0[0], self.to_eps[1] - self.to_x0[1]
 
 
-_EULER = Program(("x",), (("x", ("x", "out")),), {"x": "x"})
-_DPM = {
-    2: Program(
-        ("x", "m1"),
-        (("m", ("x", "out")), ("x", ("x", "out", "m1"))),
-        {"x": "x", "m1": "m"},
-    ),
-    3: Program(
-        ("x", "m1", "m2"),
-        (("m", ("x", "out")), ("x", ("x", "out", "m1", "m2"))),
-        {"x": "x", "m1": "m", "m2": "m1"},
-    ),
-}
-_UNIPC = {
-    1: Program(
-        ("x", "y", "m1"),
-        (("m", ("x", "out")), ("y", ("y", "m1", "m")), ("x", ("y", "m"))),
-        {"x": "x", "y": "y", "m1": "m"},
-        start=("x", "y"),
-    ),
-    2: Program(
-        ("x", "y", "m1", "m2"),
-        (("m", ("x", "out")), ("y", ("y", "m1", "m2", "m")), ("x", ("y", "m", "m1"))),
-        {"x": "x", "y": "y", "m1": "m", "m2": "m1"},
-        start=("x", "y"),
-    ),
-    3: Program(
-        ("x", "y", "m1", "m2", "m3"),
-        (("m", ("x", "out")), ("y", ("y", "m1", "m2", "m3", "m")), ("x", ("y", "m", "m1", "m2"))),
-        {"x": "x", "y": "y", "m1": "m", "m2": "m1", "m3": "m2"},
-        start=("x", "y"),
-    ),
-}
-_RK4 = Program(
-    ("x", "base", "acc"),
-    (
-        ("acc", ("acc", "x", "out")),
-        ("x", ("base", "acc", "x", "out")),
-        ("base", ("base", "x")),
-    ),
-    {"x": "x", "base": "base", "acc": "acc"},
-    start=("x", "base"),
-    forwards_per_step=4,
-)
-
-
-def solver_program(solver: SolverName, order: Order = "auto") -> Program:
-    """The program of a solver; order matters to dpm and unipc only, auto is 2."""
-    number = 2 if order == "auto" else order
-    if solver == "rk4":
-        return _RK4
-    if solver == "euler" or (solver == "dpm" and number == 1):
-        return _EULER
-    return _DPM[number] if solver == "dpm" else _UNIPC[number]
-
-
 def build_table(
     schedule: NoiseSchedule,
     nodes_u: Tensor,
@@ -189,6 +103,7 @@ def build_table(
     prediction_type: PredictionType,
     order: Order = "auto",
     epsilon_scaling: float | None = None,
+    ancestral: bool = False,
 ) -> SolverTable:
     """Coefficients of all lanes and forwards of a plan.
 
@@ -202,18 +117,21 @@ def build_table(
         order: of dpm and unipc.
         epsilon_scaling: eps as predicted is divided by this and x0 recomputed, except where
             alpha < 0.05.
+        ancestral: fresh noise in every step; euler only.
     """
-    program = solver_program(solver, order)
+    program = solver_program(solver, order, ancestral=ancestral)
     alpha, sigma = schedule.alpha_sigma(nodes_u)
     nodes = Nodes.at(alpha, sigma, prediction_type, epsilon_scaling)
     timesteps = schedule.model_time(nodes_u[:, :-1])
     num_forwards = num_steps
-    if program is _RK4:
+    if program is RK4:
         terms, timesteps = _rk4_terms(schedule, nodes_u, nodes, prediction_type, epsilon_scaling)
         last = sigma.gather(1, num_steps[:, None])[:, 0]
         final_euler = (last == 0) & (num_steps > 0)
         num_forwards = 4 * num_steps - 3 * final_euler.long()
-    elif program is _EULER:
+    elif program.is_noisy:
+        terms = _ancestral_terms(nodes)
+    elif program is EULER:
         terms = _euler_terms(nodes)
     elif solver == "dpm":
         terms = dpm_terms(alpha, sigma, nodes.to_x0, order=len(program.rows))
@@ -232,6 +150,27 @@ def _euler_terms(nodes: Nodes) -> Terms:
     gain = alpha[:, 1:] - alpha[:, :-1] * ratio
     c_x, c_out = (c[:, :-1] for c in nodes.to_x0)
     return {("x", "x"): ratio + gain * c_x, ("x", "out"): gain * c_out}
+
+
+def _ancestral_terms(nodes: Nodes) -> Terms:
+    """x_n = alpha_n·x0 + sqrt(sigma_n² - s²)·eps + s·z, (L, S) each.
+
+    s² = (sigma_n²/sigma²)(sigma² - (alpha/alpha_n)² sigma_n²) is the variance of x_n given x and
+    x0, so that with x0 known a step of any length is exact (Ho et al. 2020, arXiv 2006.11239,
+    eq. 7; Song et al. 2021, arXiv 2010.02502, eq. 16).
+    """
+    alpha, sigma = nodes.alpha, nodes.sigma
+    share = (alpha[:, :-1] * sigma[:, 1:] / (alpha[:, 1:] * sigma[:, :-1])) ** 2
+    fresh = sigma[:, 1:] * (1 - share).clamp_min(0.0).sqrt()
+    kept = sigma[:, 1:] * share.clamp_max(1.0).sqrt()
+    (c_x, c_out), (e_x, e_out) = (
+        (c[0][:, :-1], c[1][:, :-1]) for c in (nodes.to_x0, nodes.to_eps)
+    )
+    return {
+        ("x", "x"): alpha[:, 1:] * c_x + kept * e_x,
+        ("x", "out"): alpha[:, 1:] * c_out + kept * e_out,
+        ("x", "noise"): fresh,
+    }
 
 
 def _rk4_terms(
