@@ -4,12 +4,13 @@ Each rolled sample is a lane with its own source, target and number of steps; a 
 forwards, and `plan_calls` packs the chains of one or several micro-batches of an optimizer step
 into calls. Predictions at the teacher-forced latents ("clean", wanted by ReflexFlow) are chains
 of one forward and fill free places. Everything that a call needs besides the state lies in
-tensors that are made once per plan: no synchronisation with the device between calls.
+tensors that are made once per plan (`calls.py`): no synchronisation with the device between
+calls.
 
 The state and the solver's history are fp32 (float64 if the latent is), whatever the network's
 precision; the network gets the state as it is, and its caller casts.
 
-Legend: B samples, L lanes, W forwards in all, D… sample dims.
+Legend: B samples, L lanes, W forwards in all, E kept states, D… sample dims.
 """
 
 from __future__ import annotations
@@ -21,54 +22,31 @@ import torch
 from torch import Tensor
 
 from raysched.config.run import PredictionType, SolverName
-from raysched.diffusion.curriculum import RolloutPlan
-from raysched.diffusion.packing import pack_chains
+from raysched.diffusion.calls import CallOptions, CallPlan, Layout, plan_calls, state_dtype
+from raysched.diffusion.programs import Order, Program
 from raysched.diffusion.schedules import NoiseSchedule
-from raysched.diffusion.solvers import Order, Program, SolverTable, build_table
+from raysched.diffusion.solvers import SolverTable, build_table
+
+__all__ = [
+    "CallOptions",
+    "CallPlan",
+    "LaneNetwork",
+    "RolloutResult",
+    "integrate",
+    "plan_calls",
+    "rollout",
+    "state_dtype",
+]
 
 
 class LaneNetwork(Protocol):
     """A network whose caller closes over labels and precision."""
 
     def __call__(self, *, sample: Tensor, timestep: Tensor, lanes: Tensor) -> Tensor:
-        """Predict: sample (n, D…), timestep (n,), lanes (n,) int64 sample numbers -> (n, D…)."""
+        """Predict: sample (n, D…), timestep (n,), lanes (n,) int64 sample numbers -> (n, D…).
 
-
-@dataclass(frozen=True)
-class CallPlan:
-    """All network calls of a rollout, on the device.
-
-    Attributes:
-        program: the solver's linear combinations.
-        samples: (W,) int64, which sample a row belongs to, call after call.
-        rows: (W,) int64, which row of the state.
-        timesteps: (W,) in the state's dtype.
-        coefficients: (num_terms, W, 1) in the state's dtype.
-        bounds: offsets of the calls.
-        rolled: (L,) int64, the samples with k > 0.
-        with_clean: whether each of them has a clean prediction too.
-        in_step: all rows take part in every call, in their order: nothing has to be gathered.
-    """
-
-    program: Program
-    samples: Tensor
-    rows: Tensor
-    timesteps: Tensor
-    coefficients: Tensor
-    bounds: tuple[int, ...]
-    rolled: Tensor
-    with_clean: bool
-    in_step: bool
-
-    @property
-    def num_calls(self) -> int:
-        """Network calls."""
-        return len(self.bounds) - 1
-
-    @property
-    def num_forwards(self) -> int:
-        """Sample-forwards, clean predictions included: what the compute meter counts."""
-        return self.bounds[-1]
+        Under guidance, lane B + i is sample i without its label.
+        """
 
 
 @dataclass(frozen=True)
@@ -81,105 +59,35 @@ class RolloutResult:
             elsewhere; None if not asked for.
         num_forwards: sample-forwards spent.
         num_calls: network calls made.
+        kept: (E, D…), the states on the way that were asked for, as the network got them: what
+            UniPC's corrector makes of them afterwards no network ever sees.
     """
 
     x_hat: Tensor
     clean_pred: Tensor | None
     num_forwards: int
     num_calls: int
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or float64 for float64 latents."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def plan_calls(
-    plan: RolloutPlan,
-    schedule: NoiseSchedule,
-    *,
-    solver: SolverName,
-    prediction_type: PredictionType,
-    capacity: int,
-    order: Order = "auto",
-    with_clean: bool = False,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> CallPlan:
-    """Solver table and packing of a plan, made once per optimizer step.
-
-    Args:
-        plan: the rollouts of all micro-batches of the step.
-        schedule: the noise schedule.
-        solver: solver of the ODE.
-        prediction_type: what the network predicts.
-        capacity: most rows of a network call, usually the micro-batch.
-        order: of dpm and unipc.
-        with_clean: predict at the teacher-forced latents of rolled samples too.
-        device: where the latents are.
-        dtype: of the latents.
-    """
-    rolled = torch.nonzero(plan.rolled)[:, 0]
-    table = build_table(
-        schedule,
-        plan.nodes_u[rolled],
-        plan.num_steps[rolled],
-        solver=solver,
-        prediction_type=prediction_type,
-        order=order,
-    )
-    clean_times = schedule.model_time(plan.target_u[rolled]) if with_clean else None
-    return _calls(table, rolled, clean_times, capacity, device, state_dtype(dtype))
-
-
-def _calls(
-    table: SolverTable,
-    rolled: Tensor,
-    clean_times: Tensor | None,
-    capacity: int,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> CallPlan:
-    """Pack lanes, then clean predictions, and lay out what each row of each call needs."""
-    num_lanes, with_clean = rolled.numel(), clean_times is not None
-    lengths = table.num_forwards
-    if with_clean:
-        lengths = torch.cat([lengths, torch.ones_like(rolled)])
-    packing = pack_chains(lengths, capacity)
-    chain, position = packing.chain, packing.position
-    is_lane = chain < num_lanes
-    lane = torch.where(is_lane, chain, chain - num_lanes)
-    coefficients = table.coefficients[:, lane, position]
-    timesteps = table.timesteps[lane, position]
-    if clean_times is not None:
-        coefficients = torch.where(is_lane, coefficients, table.program.emitting()[:, None])
-        timesteps = torch.where(is_lane, timesteps, clean_times[lane])
-    sizes_equal = packing.num_calls * lengths.numel() == chain.numel()
-    return CallPlan(
-        program=table.program,
-        samples=rolled[lane].to(device),
-        rows=chain.to(device),
-        timesteps=timesteps.to(device=device, dtype=dtype),
-        coefficients=coefficients[:, :, None].to(device=device, dtype=dtype),
-        bounds=packing.bounds,
-        rolled=rolled.to(device),
-        with_clean=with_clean,
-        in_step=sizes_equal and lengths.numel() <= capacity,
-    )
+    kept: Tensor | None = None
 
 
 def rollout(
-    network: LaneNetwork, x_source: Tensor, calls: CallPlan, x_clean: Tensor | None = None
+    network: LaneNetwork,
+    x_source: Tensor,
+    calls: CallPlan,
+    x_clean: Tensor | None = None,
+    *,
+    with_gradient: bool = False,
 ) -> RolloutResult:
-    """Run the calls of a plan, without gradient.
+    """Run the calls of a plan.
 
     Args:
         network: called by keyword with sample, timestep and lanes.
         x_source: (B, D…), latents at the sources (where k = 0: at the targets).
         calls: from `plan_calls`.
         x_clean: (B, D…), teacher-forced latents x_t, if the plan has clean predictions.
+        with_gradient: keep the graph through the whole rollout.
     """
-    if calls.num_forwards == 0:
+    if calls.num_calls == 0:
         empty = torch.zeros_like(x_source) if calls.with_clean else None
         return RolloutResult(x_source, empty, 0, 0)
     dtype, num_lanes = state_dtype(x_source.dtype), calls.rolled.numel()
@@ -188,51 +96,84 @@ def rollout(
         assert x_clean is not None, "the plan has clean predictions: x_clean is needed"
         clean = x_clean.index_select(0, calls.rolled).to(dtype).flatten(1)
         start = torch.cat([start, clean])
-    final = _run(network, start, calls, x_source.shape[1:])
+    with torch.set_grad_enabled(with_gradient):
+        final, kept = _run(network, start, calls, x_source.shape[1:])
     shape = (-1, *x_source.shape[1:])
     x_hat = x_source.to(dtype).index_copy(0, calls.rolled, final[:num_lanes].view(shape))
     clean_pred = None
     if calls.with_clean:
         clean_pred = torch.zeros_like(x_hat)
         clean_pred.index_copy_(0, calls.rolled, final[num_lanes:].view(shape))
-    return RolloutResult(x_hat, clean_pred, calls.num_forwards, calls.num_calls)
+    passed = None if kept is None else kept.view(shape)
+    return RolloutResult(x_hat, clean_pred, calls.num_forwards, calls.num_calls, passed)
 
 
-@torch.no_grad()
-def _run(network: LaneNetwork, start: Tensor, calls: CallPlan, shape: torch.Size) -> Tensor:
-    """Make the calls; state rows are (lanes, D) each. Returns row x, (lanes, D)."""
+def _run(
+    network: LaneNetwork, start: Tensor, calls: CallPlan, shape: torch.Size
+) -> tuple[Tensor, Tensor | None]:
+    """Make the calls; state rows are (lanes, D) each. Returns row x (lanes, D), kept (E, D)."""
     program = calls.program
     state = {
         row: start.clone() if row in program.start else torch.zeros_like(start)
         for row in program.rows
     }
-    for begin, end in zip(calls.bounds[:-1], calls.bounds[1:], strict=True):
+    kept = None if calls.kept is None else start.new_empty(len(calls.kept.rows), start.shape[1])
+    for call, (begin, end) in enumerate(zip(calls.bounds[:-1], calls.bounds[1:], strict=True)):
         rows = calls.rows[begin:end]
         active = state if calls.in_step else {r: v.index_select(0, rows) for r, v in state.items()}
-        out = network(
-            sample=active["x"].view(-1, *shape),
-            timestep=calls.timesteps[begin:end],
-            lanes=calls.samples[begin:end],
-        )
-        values = _advance(
-            program, active, out.flatten(1).to(start.dtype), calls.coefficients[:, begin:end]
-        )
+        if kept is not None and calls.kept is not None:
+            places, slots = calls.kept.of(call)
+            kept.index_copy_(0, slots, active["x"].index_select(0, places).detach())
+        sample = active["x"].view(-1, *shape)
+        out = _predict(network, sample, calls, call).flatten(1).to(start.dtype)
+        if begin == end:
+            continue
+        noise = None if calls.noise is None else calls.noise[begin:end]
+        values = _advance(program, active, out, calls.coefficients[:, begin:end], noise)
         if calls.in_step:
             state = {row: values[name] for row, name in program.carry.items()}
         else:
             for row, name in program.carry.items():
                 state[row].index_copy_(0, rows, values[name])
-    return state["x"]
+    return state["x"], kept
+
+
+def _predict(network: LaneNetwork, sample: Tensor, calls: CallPlan, call: int) -> Tensor:
+    """One network call, with guidance and padding: (n, D…) -> (n, D…)."""
+    begin, end = calls.bounds[call], calls.bounds[call + 1]
+    timestep, lanes = calls.timesteps[begin:end], calls.samples[begin:end]
+    if calls.guided is not None:
+        twice, _ = calls.guided.of(call)
+        sample = torch.cat([sample, sample.index_select(0, twice)])
+        timestep = torch.cat([timestep, timestep.index_select(0, twice)])
+        lanes = torch.cat([lanes, lanes.index_select(0, twice) + calls.num_samples])
+    missing = -len(sample) % calls.bucket if len(sample) else calls.bucket
+    if missing:
+        sample = torch.cat([sample, sample.new_zeros(missing, *sample.shape[1:])])
+        timestep = torch.cat([timestep, timestep.new_zeros(missing)])
+        lanes = torch.cat([lanes, lanes.new_zeros(missing)])
+    out = network(sample=sample, timestep=timestep, lanes=lanes)
+    if calls.guided is None:
+        return out[: end - begin] if missing else out
+    labelled, blind = out[: end - begin], out[end - begin : end - begin + len(twice)]
+    guided = torch.lerp(blind, labelled.index_select(0, twice), calls.guidance_scale)
+    return labelled.index_copy(0, twice, guided)
 
 
 def _advance(
-    program: Program, active: dict[str, Tensor], out: Tensor, coefficients: Tensor
+    program: Program,
+    active: dict[str, Tensor],
+    out: Tensor,
+    coefficients: Tensor,
+    noise: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Apply a program's updates: values (n, D), coefficients (num_terms, n, 1).
 
     Plain multiply-adds on purpose: a matrix product would run in TF32 on some devices.
     """
     values = {**active, "out": out}
+    if noise is not None:
+        values["noise"] = noise
     term = 0
     for name, sources in program.updates:
         total = values[sources[0]] * coefficients[term]
@@ -282,6 +223,6 @@ def integrate(
         table.timesteps.expand(num_samples, -1),
         table.num_forwards.expand(num_samples),
     )
-    everyone = torch.arange(num_samples)
-    calls = _calls(wide, everyone, None, max(num_samples, 1), x.device, state_dtype(x.dtype))
+    layout = Layout(wide, torch.arange(num_samples), num_samples)
+    calls = layout.calls(max(num_samples, 1), x.device, state_dtype(x.dtype))
     return rollout(network, x, calls)
