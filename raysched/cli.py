@@ -178,6 +178,53 @@ def sample(
     return work
 
 
+@app.command(epilog="Example: raysched probe runs/with-rollouts runs/without-rollouts")
+def probe(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs or checkpoints.")
+    ],
+    out: Annotated[str | None, typer.Option(help="Folder; default: probe/ in the first.")] = None,
+    num_samples: Annotated[int, typer.Option(min=8, help="States sampled from noise.")] = 400,
+    num_pairs: Annotated[int, typer.Option(min=8, help="Rollouts per place on the path.")] = 128,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of the path's grid.")] = 20,
+    max_offset: Annotated[int, typer.Option(min=1, help="Longest rollout, in steps.")] = 10,
+    nfe: Annotated[
+        list[int] | None, typer.Option(min=1, help="Network evaluations, repeatable.")
+    ] = None,
+    sampler: Annotated[SolverName, typer.Option(help="The solver.")] = "euler",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 1234,
+    weights: Annotated[
+        Literal["ema", "online"], typer.Option(help="Averaged or last weights.")
+    ] = "ema",
+    log: Annotated[bool, typer.Option(help="Add the figures to the runs in MLflow.")] = True,
+    as_json: Json = False,
+) -> Work:
+    """Show where on the path models drift, and which of several drifts less."""
+
+    def work() -> Outcome:
+        from pathlib import Path
+
+        from raysched.evaluation.probe import ProbeSettings
+        from raysched.report.probe_report import probe_runs
+
+        settings = ProbeSettings(
+            num_samples=num_samples,
+            num_pairs=num_pairs,
+            num_steps=steps,
+            max_offset=max_offset,
+            nfe=tuple(sorted(set(nfe))) if nfe else ProbeSettings.nfe,
+            solver=sampler,
+            seed=seed,
+        )
+        folder = Path(out) if out else None
+        paths = [Path(run) for run in runs]
+        result = probe_runs(paths, out=folder, settings=settings, weights=weights, log=log)
+        warn(list(result.notes))
+        return Outcome(result.as_json(), result.as_text())
+
+    return work
+
+
 @app.command(
     name="show-config",
     context_settings=OVERRIDES,
