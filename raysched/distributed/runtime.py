@@ -15,6 +15,8 @@ QUIET_ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # ray.train.report is throttled to one per interval; evaluations come more often than 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # Drivers of trials take no CPU: more processes than CPUs are meant, not a leak to warn of.
+    "RAY_worker_maximum_startup_concurrency": "16",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
