@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from raysched.tuning.display import trial_table
+from raysched.tuning.display import SCALED_HEADER, trial_table
 from raysched.tuning.records import SweepResult
 
 FILE_WORDS = {
@@ -29,6 +29,9 @@ def print_summary(result: SweepResult, console: Console) -> None:
     console.print(trial_table(console, result.trials, budget=result.budget, winner=winner))
     if winner is not None:
         console.print("* winner", style="dim")
+    if any(trial.q_epsilon_scaled is not None for trial in result.trials):
+        text = f"{SCALED_HEADER}: the same weights, sampled with Epsilon Scaling; no training"
+        console.print(text, style="dim")
     console.print()
     if result.status == "stopped":
         _line(console, f"Stopped; go on with --resume output_dir={result.folder}")

@@ -10,7 +10,16 @@ from typing import Any
 from raysched.tuning.display import STATUS_WORDS, swept_keys
 from raysched.tuning.records import SweepResult
 
-COLUMNS = ("q", "q_low", "q_high", "forward_equivalents", "seconds", "run_dir", "error")
+COLUMNS = (
+    "q",
+    "q_low",
+    "q_high",
+    "q_epsilon_scaled",
+    "forward_equivalents",
+    "seconds",
+    "run_dir",
+    "error",
+)
 
 
 def table_rows(result: SweepResult) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from raysched.tuning.records import TrialRecord
 
+SCALED_HEADER = "q scaled"
 STATUS_WORDS = {
     "waiting": "waiting",
     "running": "running",
@@ -102,26 +103,37 @@ def trial_table(
         winner: number of the trial to mark.
     """
     keys = swept_keys(records)
-    table = _table(records, keys, budget, winner)
+    scaled = any(record.q_epsilon_scaled is not None for record in records)
+    table = _table(records, keys, budget, winner, scaled=scaled)
     unbounded = console.options.update(max_width=500)
     if console.measure(table, options=unbounded).maximum <= console.width:
         return table
     settings = Table(box=None, pad_edge=False, header_style="bold")
     settings.add_column("trial", no_wrap=True)
+    if scaled:
+        settings.add_column(SCALED_HEADER, justify="right", no_wrap=True)
     settings.add_column("settings")
     for record in records:
-        settings.add_row(record.name + _mark(record, winner), settings_text(record))
-    return Group(_table(records, [], budget, winner), "", settings)
+        quality = [scaled_text(record)] if scaled else []
+        settings.add_row(record.name + _mark(record, winner), *quality, settings_text(record))
+    return Group(_table(records, [], budget, winner, scaled=False), "", settings)
 
 
 def _table(
-    records: Sequence[TrialRecord], keys: Sequence[str], budget: float, winner: int | None
+    records: Sequence[TrialRecord],
+    keys: Sequence[str],
+    budget: float,
+    winner: int | None,
+    *,
+    scaled: bool,
 ) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("trial", no_wrap=True)
     for key in keys:
         table.add_column(key.rsplit(".", 1)[-1], justify="right", no_wrap=True)
     table.add_column("q [interval]", justify="right", no_wrap=True)
+    if scaled:
+        table.add_column(SCALED_HEADER, justify="right", no_wrap=True)
     table.add_column("FE spent", justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
     for record in records:
@@ -131,6 +143,7 @@ def _table(
             record.name + _mark(record, winner),
             *(settings_cell(record, key) for key in keys),
             quality_text(record),
+            *([scaled_text(record)] if scaled else []),
             share,
             STATUS_WORDS[record.status],
             style=STATUS_STYLES.get(record.status),
@@ -178,6 +191,11 @@ def quality_text(record: TrialRecord) -> str:
     if record.q_low is None or record.q_high is None or not math.isfinite(record.q):
         return text
     return f"{text} [{number_text(record.q_low)}, {number_text(record.q_high)}]"
+
+
+def scaled_text(record: TrialRecord) -> str:
+    """q of the same weights with Epsilon Scaling."""
+    return "–" if record.q_epsilon_scaled is None else number_text(record.q_epsilon_scaled)
 
 
 def number_text(value: float) -> str:

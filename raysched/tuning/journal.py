@@ -136,6 +136,7 @@ def _end(record: TrialRecord, event: dict[str, Any]) -> None:
     record.seconds = event.get("seconds") or record.seconds
     if event.get("q") is not None:
         record.q = event["q"]
+        record.q_epsilon_scaled = event.get("q_epsilon_scaled")
         record.q_low, record.q_high = event.get("q_low"), event.get("q_high")
     record.forward_equivalents = event.get("forward_equivalents") or record.forward_equivalents
 

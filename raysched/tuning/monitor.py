@@ -11,7 +11,14 @@ from ray.tune import Callback
 from raysched.training.files import storage_errors
 from raysched.tuning.journal import Journal
 from raysched.tuning.proposals import Proposals
-from raysched.tuning.records import FORWARD_EQUIVALENTS, OBJECTIVE, Q_HIGH, Q_LOW, TrialRecord
+from raysched.tuning.records import (
+    FORWARD_EQUIVALENTS,
+    OBJECTIVE,
+    Q_EPSILON_SCALED,
+    Q_HIGH,
+    Q_LOW,
+    TrialRecord,
+)
 
 
 class Monitor(Callback):  # type: ignore[misc]
@@ -89,6 +96,7 @@ class Monitor(Callback):  # type: ignore[misc]
             q=result.get(OBJECTIVE),
             q_low=result.get(Q_LOW),
             q_high=result.get(Q_HIGH),
+            q_epsilon_scaled=result.get(Q_EPSILON_SCALED),
             forward_equivalents=result.get(FORWARD_EQUIVALENTS),
             seconds=result.get("seconds"),
         )

@@ -18,6 +18,7 @@ OBJECTIVE = "objective"
 Q = "quality/q"
 Q_LOW = "quality/q_low"
 Q_HIGH = "quality/q_high"
+Q_EPSILON_SCALED = "quality/q_epsilon_scaled"
 FORWARD_EQUIVALENTS = "compute/forward_equivalents"
 
 
@@ -41,6 +42,8 @@ class TrialRecord:
         q: quality at the last evaluation, lower is better; the mean over seeds once finished.
         q_low: lower end of its bootstrap interval.
         q_high: upper end of its bootstrap interval.
+        q_epsilon_scaled: q of the same weights sampled with Epsilon Scaling, which costs no
+            training; None before the end or where the evaluation leaves it out.
         forward_equivalents: compute spent per seed, evaluation excluded.
         seconds: training time over all seeds.
         run_dir: the trial's folder.
@@ -57,6 +60,7 @@ class TrialRecord:
     q: float | None = None
     q_low: float | None = None
     q_high: float | None = None
+    q_epsilon_scaled: float | None = None
     forward_equivalents: float = 0.0
     seconds: float = 0.0
     run_dir: str = ""

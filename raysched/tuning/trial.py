@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from raysched.config.loading import assign, baseline_config
 from raysched.config.run import BudgetConfig, RunConfig
 from raysched.errors import UserError
-from raysched.tuning.records import FORWARD_EQUIVALENTS, OBJECTIVE, Q_HIGH, Q_LOW, Q, trial_name
+from raysched.tuning.records import (
+    FORWARD_EQUIVALENTS,
+    OBJECTIVE,
+    Q_EPSILON_SCALED,
+    Q_HIGH,
+    Q_LOW,
+    Q,
+    trial_name,
+)
 
 if TYPE_CHECKING:
     from raysched.tracking import StoreHandle
@@ -183,6 +191,7 @@ def _ended(
         OBJECTIVE: _mean(metrics, Q),
         Q_LOW: _mean(metrics, Q_LOW),
         Q_HIGH: _mean(metrics, Q_HIGH),
+        Q_EPSILON_SCALED: _mean(metrics, Q_EPSILON_SCALED),
         FORWARD_EQUIVALENTS: _mean(compute, "forward_equivalents"),
         "seconds": sum(entry.get("seconds", 0.0) for entry in compute),
     }

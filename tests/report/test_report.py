@@ -36,6 +36,7 @@ def make_trial(folder: Path, number: int, q: float, status: str = "finished") ->
         trial.add_point(Point(250.0 * part, q * (5 - part)))
     trial.q_low, trial.q_high = trial.q - 0.01, trial.q + 0.01
     if status == "finished":
+        trial.q_epsilon_scaled = trial.q - 0.0123
         images = torch.full((20, 1, 8, 8), 10 * (number + 1), dtype=torch.uint8)
         labels = torch.arange(20) % 10
         save_file(
@@ -76,7 +77,8 @@ def test_the_tables_hold_one_row_per_trial_with_numbers_that_read_back(result):
     assert [row["trial"] for row in rows] == ["000-baseline", "001", "002", "003"]
     assert rows[0][K] == ""
     assert (rows[1]["winner"], rows[1][P], float(rows[1]["q"])) == ("True", "0.123456", 0.1)
-    assert rows[2]["status"] == "stopped early"
+    assert float(rows[1]["q_epsilon_scaled"]) == pytest.approx(0.0877)
+    assert (rows[2]["status"], rows[2]["q_epsilon_scaled"]) == ("stopped early", "")
     stored = json.loads(Path(files["table_json"]).read_text())
     assert stored == json.loads(json.dumps(table_rows(result)))
 
@@ -145,6 +147,8 @@ def test_the_summary_is_whole_at_every_width(result, width):
     assert "stopped early" in shown
     assert "0.1 [0.09, 0.11]" in shown
     assert "1,000 (100 %)" in shown
+    assert "0.0877" in shown
+    assert "q scaled: the same weights" in " ".join(shown.split())
     assert f"Verdict: {result.verdict.text}" in shown
     assert "…" not in shown
     # Wide enough, the settings have columns of their own; else a table of their own.

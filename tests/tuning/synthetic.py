@@ -81,7 +81,12 @@ def synthetic_train(
         result = RunResult(
             status=status,
             output_dir=str(run_dir),
-            metrics={"quality/q": q, "quality/q_low": q - 0.01, "quality/q_high": q + 0.01},
+            metrics={
+                "quality/q": q,
+                "quality/q_low": q - 0.01,
+                "quality/q_high": q + 0.01,
+                "quality/q_epsilon_scaled": q - 0.005,
+            },
             compute={"forward_equivalents": spent, "seconds": 0.5},
         )
         (run_dir / "result.json").write_text(json.dumps(result.as_json()))

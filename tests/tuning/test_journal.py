@@ -22,13 +22,14 @@ def test_records_read_back_are_those_of_the_session_that_wrote_them(tmp_path):
     journal.append("report", 1, q=0.3, q_low=0.2, q_high=0.4, forward_equivalents=200.0)
     journal.append(
         "ended", 1, status="finished", q=0.31, q_low=0.2, q_high=0.4, forward_equivalents=201.0,
-        seconds=3.5,
+        seconds=3.5, q_epsilon_scaled=0.29,
     )  # fmt: skip
     again = Journal(tmp_path)
     assert again.records == journal.records
     assert again.records[0].status == "running"
     one = again.records[1]
     assert (one.status, one.q, one.seconds, one.assignments) == ("finished", 0.31, 3.5, {"k": 3})
+    assert one.q_epsilon_scaled == one.as_json()["q_epsilon_scaled"] == 0.29
     assert one.curve == [Point(100.0, 0.5), Point(200.0, 0.3)]
 
 

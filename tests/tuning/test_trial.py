@@ -62,6 +62,7 @@ def test_with_several_seeds_the_first_is_reported_and_the_end_is_their_mean(tmp_
     assert reports[-1]["objective"] == pytest.approx(1.2)
     assert end["objective"] == pytest.approx(3.2)
     assert end["quality/q_low"] == pytest.approx(3.19)
+    assert end["quality/q_epsilon_scaled"] == pytest.approx(3.195)
     assert (end["seconds"], end["compute/forward_equivalents"]) == (1.0, 1000)
     assert "seed-5 seed 5" in (tmp_path / "log").read_text()
 
