@@ -152,6 +152,12 @@ class EvaluationConfig(Section):
     neighbours: PositiveInt = Field(5, description="k of precision, recall, density, coverage.")
     seed: NonNegativeInt = Field(1234, description="Seed of the sampling noise, for all trials.")
     grid_images: PositiveInt = Field(40, description="Images of the logged sample grid.")
+    probe_every_forward_equivalents: PositiveFloat | None = Field(
+        None, description="Compute between small exposure-bias probes; null: none."
+    )
+    probe_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.02, description="Most that these probes' forwards may be of the training's compute."
+    )
 
 
 class RunConfig(Section):

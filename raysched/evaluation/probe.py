@@ -15,8 +15,9 @@ Statistics of the table (t path time, k rollout steps, nfe network evaluations):
     drift(t, k)                RMS of x_hat_t - x_t, mean over the pairs
     drift_floor, drift_excess  of the empirical denoiser, and what is beyond it
     delta(t, k)                (std over pixels of x_hat_t - alpha·x0, mean, - sigma)², ADM-ES
-    delta_floor(t)             the same of x_t: what chance alone gives
+    delta_forward(t)           the same of x_t: not 0, because an image has few pixels
     spread_excess(t, k)        std of x_hat_t - alpha·x0 minus that of x_t - alpha·x0
+    delta_floor, spread_excess_floor(t, k)    of the empirical denoiser
     q(nfe)                     quality of samples, lower is better
 
 Legend: n sampled states, m forward states, p pairs, R replicates, N grid steps, K longest rollout.
@@ -267,6 +268,7 @@ def _roll(
         found[Key("rollout_energy", t, k)] = stats.paired_energy(x_hat, x_t, w)
         found[Key("rollout_energy_floor", t, k)] = stats.paired_energy(x_floor, x_t, w)
         _spread(subject, rolled, (node, k), w, found)
+        _spread(subject, floor, (node, k), w, found, "_floor")
 
 
 def _spread(
@@ -275,6 +277,7 @@ def _spread(
     cell: tuple[int, int],
     w: Tensor,
     found: dict[Key, Tensor],
+    whose: str = "",
 ) -> None:
     """delta_t of ADM-ES (Ning et al. 2023, arXiv 2308.15321) and its signed relative."""
     node, k = cell
@@ -283,9 +286,9 @@ def _spread(
     alpha, sigma = (float(value) for value in subject.schedule.alpha_sigma(u))
     made = stats.weighted_mean(stats.noise_spread(rolled.x_hat[cell], rolled.x0, alpha), w)
     forward = stats.weighted_mean(stats.noise_spread(rolled.x_t[node], rolled.x0, alpha), w)
-    found[Key("delta", t, k)] = (made - sigma).square()
-    found[Key("delta_floor", t)] = (forward - sigma).square()
-    found[Key("spread_excess", t, k)] = made - forward
+    found[Key(f"delta{whose}", t, k)] = (made - sigma).square()
+    found[Key("delta_forward", t)] = (forward - sigma).square()
+    found[Key(f"spread_excess{whose}", t, k)] = made - forward
 
 
 def closed_form(subject: Subject, materials: Materials, class_conditional: bool) -> Subject:

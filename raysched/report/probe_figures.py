@@ -14,6 +14,7 @@ from raysched.evaluation.probe import Key
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 Found = Mapping[Key, Interval]
@@ -23,6 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FLOOR_COLOUR = "0.6"
 WIDTH_INCHES = 10.0
+BANDS = ("mean and lowest", "low frequencies", "middle frequencies", "highest frequencies")
 NOISE_TO_DATA = "path time t   (sampling runs to the right: 1 = noise, 0 = data)"
 
 
@@ -34,35 +36,35 @@ def population_figure(labels: Sequence[str], found: Sequence[Found]) -> Figure:
         found: their numbers with intervals.
     """
     bands = sorted({k.statistic for each in found for k in each if k.statistic.startswith("band")})
-    longest = max(key.k or 0 for key in found[0])
-    figure, cells = _figure(2, 4, (WIDTH_INCHES * 1.3, 6.6))
+    # Half the longest rollout: the whole one fits on half of the path only.
+    k = (max(key.k or 0 for key in found[0]) + 1) // 2
+    figure, cells = _figure(2, 4, (11.0, 6.6))
     energy, norm, spread, delta = cells[0]
     for run, each in enumerate(found):
         _line(energy, run, _series(each, "energy"))
         _line(norm, run, _series(each, "prediction_norm_ratio"))
-        _line(spread, run, _series(each, "spread_excess", longest))
-        _line(delta, run, _series(each, "delta", longest), band=False)
-    _chance(energy, _series(found[0], "energy_floor"))
-    t, values, _, _ = _series(found[0], "delta_floor")
-    delta.plot(t, values, color=FLOOR_COLOUR, lw=1.5, ls="--")
-    norm.axhline(1, color="0.3", lw=0.8)
-    spread.axhline(0, color="0.3", lw=0.8)
+        _line(spread, run, _series(each, "spread_excess", k))
+        _line(delta, run, _series(each, "delta", k), band=False)
+    _dashed(energy, _series(found[0], "energy_floor")[[0, 3]])
+    _dashed(spread, _series(found[0], "spread_excess_floor", k)[:2])
+    _dashed(delta, _series(found[0], "delta_floor", k)[:2])
     delta.set_yscale("log")
-    energy.set_title("Energy distance\nof sampled to forward states")
-    norm.set_title("Prediction norm,\nsampled / forward states")
-    spread.set_title(f"Noise spread of {longest}-step rollouts\nminus that of forward states")
-    delta.set_title(f"δ of {longest}-step rollouts\n(dashed: of forward states)")
+    energy.set_title("energy distance,\nsampled to forward")
+    norm.set_title("prediction norm,\nsampled / forward")
+    spread.set_title(f"noise spread minus forward's,\nrollouts of {k}")
+    delta.set_title(f"δ of ADM-ES,\nrollouts of {k}")
     for axes, band in zip(cells[1], bands, strict=False):
         for run, each in enumerate(found):
             _line(axes, run, _series(each, band))
-        axes.axhline(1, color="0.3", lw=0.8)
-        axes.set_title(f"Power in {_band_name(int(band.split('_')[1]))},\nsampled / forward")
-    for axes in cells[1][len(bands) :]:
-        axes.set_axis_off()
+        axes.set_title(f"power, {BANDS[int(band.split('_')[1])]},\nsampled / forward")
+    for axes, level in zip([*cells[1], norm, spread], (1, 1, 1, 1, 1, 0), strict=True):
+        axes.axhline(level, color="0.3", lw=0.8, zorder=0)
     for axes in [*cells[0], *cells[1]]:
         _time_axis(axes)
+    for axes in cells[1][len(bands) :]:
+        axes.set_axis_off()
     figure.supxlabel(NOISE_TO_DATA, fontsize=10)
-    _legend(figure, labels, chance="below: chance alone (halves of the forward states)")
+    _legend(figure, labels, floor="floor: chance (energy) or the closed-form denoiser")
     return figure
 
 
@@ -74,26 +76,28 @@ def drift_figure(labels: Sequence[str], found: Sequence[Found]) -> Figure:
         found: their numbers with intervals.
     """
     columns = (
-        ("drift", "RMS drift of rollouts"),
-        ("drift_excess", "… beyond the closed-form floor"),
-        ("rollout_energy", "energy distance to forward states"),
+        ("drift", "RMS drift"),
+        ("drift_excess", "RMS drift beyond the floor"),
+        ("rollout_energy", "energy distance to forward"),
     )
     rows = len(found) + 1
-    figure, cells = _figure(rows, 3, (WIDTH_INCHES * 1.15, 1.2 + 2.35 * rows), grid=False)
+    figure, cells = _figure(rows, 3, (WIDTH_INCHES, 1.2 + 2.1 * rows), grid=False)
     for column, (statistic, title) in enumerate(columns):
         maps = [_map(each, statistic) for each in found]
-        floor_of = {"drift": "drift_floor", "rollout_energy": "rollout_energy_floor"}
-        if statistic in floor_of:
-            maps.append(_map(found[0], floor_of[statistic]))
-        limits = _limits([grid for _, _, grid in maps], signed=statistic == "drift_excess")
-        for row, content in enumerate(maps):
-            image = _draw_map(cells[row][column], content, limits)
+        if f"{statistic}_floor" in {key.statistic for key in found[0]}:
+            maps.append(_map(found[0], f"{statistic}_floor"))
+        norm = _norm(statistic, [grid for _, _, grid in maps])
         shown = [cells[row][column] for row in range(len(maps))]
-        figure.colorbar(image, ax=shown, shrink=0.9, pad=0.02)
+        for axes, content in zip(shown, maps, strict=True):
+            image = _draw_map(axes, content, norm)
+        extend = "both" if statistic == "drift_excess" else "neither"
+        figure.colorbar(image, ax=shown, shrink=0.9, pad=0.02, extend=extend).ax.tick_params(
+            labelsize=8
+        )
         cells[0][column].set_title(title)
     cells[-1][1].set_axis_off()
-    for row, label in enumerate([*labels, "closed-form denoiser\n(the floor)"]):
-        cells[row][0].set_ylabel(f"{label}\nrollout steps k")
+    for row, label in enumerate([*labels, "closed-form floor"]):
+        cells[row][0].set_ylabel(f"{label}\nrollout steps k", fontsize=9)
     figure.supxlabel("t on arrival   (1 = noise, 0 = data)", fontsize=10)
     return figure
 
@@ -175,19 +179,13 @@ def _line(axes: Axes, run: int, series: NDArray[np.float64], *, band: bool = Tru
         axes.fill_between(t, low, high, color=colour, alpha=0.18, lw=0)
 
 
-def _chance(axes: Axes, series: NDArray[np.float64]) -> None:
-    t, _, _, high = series
-    axes.plot(t, high, color=FLOOR_COLOUR, lw=1.5, ls="--")
+def _dashed(axes: Axes, line: NDArray[np.float64]) -> None:
+    axes.plot(line[0], line[1], color=FLOOR_COLOUR, lw=1.5, ls="--", zorder=1)
 
 
 def _time_axis(axes: Axes) -> None:
     axes.set_xlim(1.02, -0.02)
     axes.set_xticks([1, 0.75, 0.5, 0.25, 0], ["1", ".75", ".5", ".25", "0"])
-
-
-def _band_name(band: int) -> str:
-    names = ("lowest frequencies (mean)", "low frequencies", "middle frequencies")
-    return names[band] if band < len(names) else "highest frequencies"
 
 
 Map = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
@@ -202,33 +200,30 @@ def _map(found: Found, statistic: str) -> Map:
     return np.array(times), np.array(steps, dtype=np.float64), grid
 
 
-def _limits(grids: Sequence[NDArray[np.float64]], *, signed: bool) -> tuple[float, float]:
-    low = min(float(np.nanmin(grid)) for grid in grids)
-    high = max(float(np.nanmax(grid)) for grid in grids)
-    if signed:
-        reach = max(abs(low), abs(high), 1e-9)
-        return -reach, reach
-    return min(low, 0.0), max(high, 1e-9)
+def _norm(statistic: str, grids: Sequence[NDArray[np.float64]]) -> Normalize:
+    """Common colours of all maps of a statistic."""
+    from matplotlib.colors import Normalize, PowerNorm
+
+    high = max(max(float(np.nanmax(grid)) for grid in grids), 1e-9)
+    if statistic == "drift_excess":
+        # Far below the floor, near the data, the colours saturate: what matters lies above it.
+        return Normalize(-high, high)
+    if statistic == "rollout_energy":
+        # Square roots: models far apart are seen together. Estimates below 0 are chance.
+        return PowerNorm(0.5, vmin=0.0, vmax=high, clip=True)
+    return Normalize(0.0, high)
 
 
-def _draw_map(axes: Axes, content: Map, limits: tuple[float, float]) -> QuadMesh:
+def _draw_map(axes: Axes, content: Map, norm: Normalize) -> QuadMesh:
     times, steps, grid = content
-    signed = limits[0] == -limits[1]
-    image = axes.pcolormesh(
-        times,
-        steps,
-        grid,
-        shading="nearest",
-        cmap="RdBu_r" if signed else "viridis",
-        vmin=limits[0],
-        vmax=limits[1],
-    )
+    colours = "RdBu_r" if norm.vmin else "viridis"
+    image = axes.pcolormesh(times, steps, grid, shading="nearest", cmap=colours, norm=norm)
     axes.set_facecolor("0.93")
     axes.invert_xaxis()
     return image
 
 
-def _legend(figure: Figure, labels: Sequence[str], chance: str | None = None) -> None:
+def _legend(figure: Figure, labels: Sequence[str], floor: str | None = None) -> None:
     from matplotlib.lines import Line2D
 
     lines = [
@@ -236,9 +231,9 @@ def _legend(figure: Figure, labels: Sequence[str], chance: str | None = None) ->
         for run in range(len(labels))
     ]
     names = list(labels)
-    if chance is not None:
+    if floor is not None:
         lines.append(Line2D([], [], color=FLOOR_COLOUR, ls="--"))
-        names.append(chance)
+        names.append(floor)
     figure.legend(
         lines,
         names,

@@ -63,3 +63,11 @@ def evaluation_due(
     if every is None:
         return int(after[0] * DEFAULT_EVALUATIONS) > int(before[0] * DEFAULT_EVALUATIONS)
     return int(after[1] / every) > int(before[1] / every)
+
+
+def probe_due(config: RunConfig, before: float, after: float) -> bool:
+    """Whether an exposure-bias probe falls due between two amounts of forward equivalents."""
+    every = config.evaluation.probe_every_forward_equivalents
+    if every is None or not config.evaluation.enabled:
+        return False
+    return int(after / every) > int(before / every)

@@ -7,8 +7,15 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from raysched.errors import RunFailedError
 from raysched.evaluation.evaluate import evaluate
 from raysched.evaluation.grids import sample_grid, save_png
+from raysched.evaluation.probe_light import (
+    FORWARDS_PER_SAMPLE,
+    MIN_SAMPLES,
+    affordable_samples,
+    light_probe,
+)
 from raysched.training.files import storage_errors
 from raysched.training.protocols import Tracker
 from raysched.training.setup import Run
@@ -56,6 +63,48 @@ def evaluate_run(run: Run, run_dir: Path, tracker: Tracker, *, final: bool) -> d
             save_file({**tensors, "labels": evaluation.labels}, run_dir / FINAL_SAMPLES_FILE)
     tracker.log_image("samples", grid, step=run.step)
     return evaluation.metrics
+
+
+def probe_run(run: Run) -> dict[str, float]:
+    """Exposure bias of the EMA weights, by few enough forwards; empty if none are affordable.
+
+    Each probe may spend its share of one interval's compute, so all of them together never spend
+    more than that share of the training's.
+
+    Args:
+        run: the run; only its meter changes.
+    """
+    settings = run.config.evaluation
+    every = settings.probe_every_forward_equivalents
+    assert every is not None, "probes are due only where their interval is given"
+    affordable = settings.probe_share * every
+    num_samples = affordable_samples(affordable, len(run.dataset.holdout_indices))
+    if num_samples == 0:
+        if run.meter.forward_equivalents < 2 * every:
+            log.warning(
+                "evaluation.probe_every_forward_equivalents: a share of %g of %g pays for %d "
+                "forwards, a probe takes at least %d (and as many held-out images as samples), "
+                "so none is made; raise either",
+                settings.probe_share,
+                every,
+                int(affordable),
+                MIN_SAMPLES * FORWARDS_PER_SAMPLE,
+            )
+        return {}
+    with run.meter.timed("evaluation"), run.ema.applied(run.policy), run.accelerator.autocast():
+        try:
+            return light_probe(
+                run.policy,
+                config=run.config,
+                dataset=run.dataset,
+                schedule=run.schedule,
+                num_samples=num_samples,
+                meter=run.meter,
+            )
+        except RunFailedError as error:
+            # Whether the run goes on is the loss's business, not a diagnostic's.
+            log.warning("step %d: no exposure-bias probe: %s", run.step, error)
+            return {}
 
 
 def save_final(run: Run, run_dir: Path) -> None:

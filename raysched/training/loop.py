@@ -18,7 +18,7 @@ import torch
 from raysched.config.run import RunConfig
 from raysched.errors import RunFailedError
 from raysched.models.weights import weights_sha256
-from raysched.training.budget import evaluation_due, learning_rate_at
+from raysched.training.budget import evaluation_due, learning_rate_at, probe_due
 from raysched.training.checkpoint import (
     Checkpoint,
     load_latest,
@@ -26,7 +26,7 @@ from raysched.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from raysched.training.evaluate_step import evaluate_run, save_final
+from raysched.training.evaluate_step import evaluate_run, probe_run, save_final
 from raysched.training.files import write_json
 from raysched.training.protocols import Report, RunStatus, Tracker
 from raysched.training.result import RESULT_FILE, RunResult
@@ -147,6 +147,8 @@ class Loop:
             after = (run.fraction, run.meter.forward_equivalents)
             if run.step % training.log_every_steps == 0 or after[0] >= 1.0:
                 self._log(self.progress.flush())
+            if self.is_main and probe_due(run.config, before[1], after[1]):
+                self._probe()
             if evaluation_due(run.config, before, after):
                 self._evaluate(final=after[0] >= 1.0)
             if run.step % training.checkpoint_every_steps == 0 and after[0] < 1.0:
@@ -230,6 +232,12 @@ class Loop:
             metrics, step=self.run.step, forward_equivalents=spent, seconds=self.seconds
         )
         self.tracker.log_metrics(metrics, step=self.run.step, forward_equivalents=spent)
+
+    def _probe(self) -> None:
+        metrics = probe_run(self.run)
+        if metrics:
+            self.progress.metrics.update(metrics)
+            self._record(metrics)
 
     def _evaluate(self, *, final: bool) -> None:
         run = self.run
