@@ -24,7 +24,7 @@ from raysched.training.train_step import train_step
 
 WARM_UP_STEPS = 3
 # Measuring goes on until one of the upper limits, and past the time limit up to the lower one.
-MIN_STEPS, MAX_STEPS, MAX_SECONDS = 5, 40, 10.0
+MIN_STEPS, MAX_STEPS, MAX_SECONDS = 5, 100, 8.0
 # Sample indices beyond this step would not fit an int64; no run gets there.
 LAST_STEP = 2**40
 # An evaluation that would take longer is not made, but reckoned from its forwards.
@@ -66,7 +66,7 @@ def measure_speed(run: Run, config: RunConfig) -> Speed:
     one_step = warm_up.training + warm_up.rollout
     horizon = min(forecast_run(config, lambda step: one_step).steps, LAST_STEP)
     pace = (time.perf_counter() - started) / WARM_UP_STEPS
-    num = min(max(int(MAX_SECONDS / pace), MIN_STEPS), MAX_STEPS)
+    num = min(max(int(MAX_SECONDS / pace), MIN_STEPS), MAX_STEPS, max(horizon, MIN_STEPS))
     # The last step first: it has the largest share of rollouts in most runs, and so most memory.
     steps = [horizon - 1, *(int((i + 0.5) * horizon / num) for i in range(num))]
     measured = [_timed_step(run, step) for step in steps][1:]
