@@ -19,6 +19,8 @@ from raysched.evaluation.probe_sources import ProbedRun, same_path
 from raysched.evaluation.probe_statistics import interval, simultaneous
 
 Verdict = Literal["less", "more", "not distinguishable"]
+# States are fp32: below this, a statistic that is above 0 shows rounding.
+ROUNDING = 1e-6
 COMPARED = {
     "energy": "mean energy distance along the path",
     "rollout_energy": "mean energy distance of rollouts",
@@ -88,12 +90,19 @@ def find_peak(measured: Measured, statistic: str, k: int | None = None) -> Peak:
     ends = simultaneous(torch.stack([rows[key] for key in keys]), measured.confidence)
     top = max(range(len(keys)), key=lambda row: ends[row].value)
     above = [
-        key.t for key, end in zip(keys, ends, strict=True) if end.low > 0 and key.t is not None
+        key.t
+        for key, end in zip(keys, ends, strict=True)
+        if end.low > ROUNDING and key.t is not None
     ]
     key, end = keys[top], ends[top]
     assert key.t is not None, "peaks are sought along the path"
     return Peak(
-        statistic, key.t, key.k, *_ends(end), clear=end.low > 0, begins_t=max(above, default=None)
+        statistic,
+        key.t,
+        key.k,
+        *_ends(end),
+        clear=end.low > ROUNDING,
+        begins_t=max(above, default=None),
     )
 
 
