@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
+from typing import Any, get_args
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
+from raysched.config.run import ExposureMethod
 from raysched.tuning.records import TrialRecord
 
 SCALED_HEADER = "q scaled"
@@ -129,8 +131,8 @@ def _table(
 ) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("trial", no_wrap=True)
-    for key in keys:
-        table.add_column(key.rsplit(".", 1)[-1], justify="right", no_wrap=True)
+    for header in headers(keys):
+        table.add_column(header, justify="right", no_wrap=True)
     table.add_column("q [interval]", justify="right", no_wrap=True)
     if scaled:
         table.add_column(SCALED_HEADER, justify="right", no_wrap=True)
@@ -163,16 +165,30 @@ def swept_keys(records: Iterable[TrialRecord]) -> list[str]:
     return list(keys)
 
 
+def used_settings(record: TrialRecord) -> dict[str, Any]:
+    """The trial's settings without those of methods that it doesn't use."""
+    chosen = record.assignments.get("exposure")
+    idle = set(get_args(ExposureMethod)) - {chosen} if chosen else set()
+    return {k: v for k, v in record.assignments.items() if k.partition(".")[0] not in idle}
+
+
+def headers(keys: Sequence[str]) -> list[str]:
+    """Column headers: the last parts of the dotted keys, whole keys where those would repeat."""
+    last = [key.rsplit(".", 1)[-1] for key in keys]
+    return [key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)]
+
+
 def settings_cell(record: TrialRecord, key: str) -> str:
     """A setting for a table's cell; a dash where the trial leaves it to the base run."""
-    return value_text(record.assignments[key]) if key in record.assignments else "–"
+    settings = used_settings(record)
+    return value_text(settings[key]) if key in settings else "–"
 
 
 def settings_text(record: TrialRecord) -> str:
     """The settings in short: the last parts of the dotted keys with their values."""
     if record.baseline:
         return "teacher forcing"
-    pairs = record.assignments.items()
+    pairs = used_settings(record).items()
     return ", ".join(f"{key.rsplit('.', 1)[-1]}={value_text(value)}" for key, value in pairs)
 
 

@@ -127,8 +127,9 @@ def _text(answer: Answer, candidate: TrialRecord, comparison: Comparison, metric
             f"[{low:.4g}, {high:.4g}] at equal compute"
         )
     if answer == "rollouts_do_not_pay":
+        tried = "the methods tried" if "exposure" in candidate.assignments else "rollouts"
         return (
-            f"rollouts do not pay here: the best of them, {name}, is worse than teacher forcing "
+            f"{tried} do not pay here: the best of them, {name}, is worse than teacher forcing "
             f"by {-comparison.difference:.4g} in {metric} [{-high:.4g}, {-low:.4g}] at equal "
             "compute"
         )

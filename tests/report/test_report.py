@@ -19,6 +19,7 @@ from raysched.report import print_summary, write_report
 from raysched.report.figures import curves_figure, non_dominated, pareto_figure
 from raysched.report.sheets import sample_sheet
 from raysched.report.table import table_rows
+from raysched.tuning.display import trial_table
 from raysched.tuning.records import Point, SweepResult, TrialRecord, Verdict, trial_name
 from raysched.tuning.verdict import best
 
@@ -81,6 +82,22 @@ def test_the_tables_hold_one_row_per_trial_with_numbers_that_read_back(result):
     assert (rows[2]["status"], rows[2]["q_epsilon_scaled"]) == ("stopped early", "")
     stored = json.loads(Path(files["table_json"]).read_text())
     assert stored == json.loads(json.dumps(table_rows(result)))
+
+
+def test_a_table_of_methods_shows_what_each_uses_under_headers_that_differ():
+    gammas = {"input_perturbation.gamma": 0.1, "mixflow.gamma": 0.8}
+    records = [
+        TrialRecord(n, assignments={"exposure": method, **gammas})
+        for n, method in enumerate(("input_perturbation", "mixflow"), start=1)
+    ]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(trial_table(console, records, budget=1.0))
+    header, *rows = (line.split() for line in console.file.getvalue().splitlines())
+    assert header[1:4] == ["exposure", "input_perturbation.gamma", "mixflow.gamma"]
+    assert [row[1:4] for row in rows] == [
+        ["input_perturbation", "0.1", "–"],
+        ["mixflow", "–", "0.8"],
+    ]
 
 
 def test_the_front_holds_what_no_other_point_beats():

@@ -35,6 +35,17 @@ def test_when_even_the_best_is_worse_rollouts_do_not_pay():
     assert found.difference == -0.2
 
 
+def test_where_the_method_is_searched_the_verdict_is_about_methods_and_what_they_use():
+    settings = {"exposure": "mixflow", "mixflow.gamma": 0.8, "dream.power": 1.0}
+    mixed = TrialRecord(1, assignments=settings, status="finished", q=0.7)
+    loss = Comparison(1, -0.2, -0.25, -0.15)
+    found = decide([trial(0, 0.5), mixed], [loss], num_seeds=1, metric="KID")
+    assert found.text.startswith(
+        "the methods tried do not pay here: the best of them, trial 001 "
+        "(exposure=mixflow, gamma=0.8), is worse"
+    )
+
+
 def test_an_interval_around_zero_is_no_clear_winner_and_reads_as_better_or_worse():
     better, worse = verdict(0.5, {1: (0.02, 0.05)}), verdict(0.5, {1: (-0.02, 0.05)})
     assert better.answer == worse.answer == "no_clear_winner"
