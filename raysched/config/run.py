@@ -214,16 +214,17 @@ class RunConfig(Section):
                 reflexflow_beta1=self.defar.beta1,
                 reflexflow_beta2=self.defar.beta2,
                 reflexflow_norm=self.defar.norm,
+                jump_gradient=self.defar.jump_gradient,
             )
         if self.exposure == "self_correction":
             return _jump(self.self_correction.probability, reflexflow=False)
         return ScheduledSamplingConfig(reflexflow=False)
 
 
-def _jump(probability: float, **reflexflow: Any) -> ScheduledSamplingConfig:
+def _jump(probability: float, **options: Any) -> ScheduledSamplingConfig:
     """Rollouts of one Euler step of random length, towards anchored targets."""
     return ScheduledSamplingConfig(
-        max_step_offset=1, probability=probability, grid="jump", sampler="euler", **reflexflow
+        max_step_offset=1, probability=probability, grid="jump", sampler="euler", **options
     )
 
 

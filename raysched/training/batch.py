@@ -6,7 +6,7 @@ workers or a resumed run draws the same. B samples in the global batch, b on thi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,18 +22,36 @@ class Batch:
     """One rank's samples of one optimizer step.
 
     Attributes:
+        step: number of the optimizer step.
         sample_indices: (b,) global sample indices.
+        dataset_rows: (b,) where the images lie in the dataset.
         x0: (b, C, H, W) images in [-1, 1].
         eps: (b, C, H, W) unit Gaussian noise.
         labels: (b,) class ids, dropped ones already replaced by the null class.
         plan: targets, sources and offsets of these samples; on the host.
+        plans: those of every rank, this one's included.
     """
 
+    step: int
     sample_indices: Tensor
+    dataset_rows: Tensor
     x0: Tensor
     eps: Tensor
     labels: Tensor
     plan: RolloutPlan
+    plans: tuple[RolloutPlan, ...]
+
+    def select(self, rows: Tensor) -> Batch:
+        """Some of the samples; `plans` stay those of whole ranks."""
+        return replace(
+            self,
+            sample_indices=self.sample_indices[rows],
+            dataset_rows=self.dataset_rows[rows],
+            x0=self.x0[rows],
+            eps=self.eps[rows],
+            labels=self.labels[rows],
+            plan=self.plan.select(rows),
+        )
 
 
 def draw_batch(run: Run, step: int) -> Batch:
@@ -42,19 +60,24 @@ def draw_batch(run: Run, step: int) -> Batch:
     global_indices = torch.arange(step * size, (step + 1) * size)
     target_u = run.schedule.training_u(uniforms(seed, "time", step, global_indices)[:, 0])
     plan = draw_plan(config, run.schedule, target_u, seed, step, global_indices)
-    mine = deal(plan.num_steps, run.world_size)[run.rank]
+    hands = deal(plan.num_steps, run.world_size)
+    mine = hands[run.rank]
     indices = global_indices[mine]
     rows = batch_indices(seed, step, size, run.dataset.train_indices)[mine]
     dropped = uniforms(seed, "label_dropout", step, indices)[:, 0] < config.model.label_dropout
     labels = torch.where(dropped, run.dataset.num_classes, run.dataset.labels_at(rows))
     x0 = run.dataset.images_at(rows)
     eps = normals(seed, "noise", step, indices, tuple(x0.shape[1:]))
+    plans = tuple(plan.select(hand) for hand in hands)
     return Batch(
+        step=step,
         sample_indices=indices,
+        dataset_rows=rows,
         x0=x0.to(run.device),
         eps=eps.to(run.device),
         labels=labels.to(run.device),
-        plan=plan.select(mine),
+        plan=plans[run.rank],
+        plans=plans,
     )
 
 

@@ -9,13 +9,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from raysched.diffusion.parameterization import add_noise, anchored_target, prediction_target
+from raysched.diffusion.parameterization import add_noise, prediction_target
+from raysched.diffusion.reuse import PassedStates, passed_states
 from raysched.training.batch import Batch
 from raysched.training.inputs import TrainingInputs
-from raysched.training.rollout_step import roll_out
+from raysched.training.jump import DifferentiableJump
+from raysched.training.rollout_step import (
+    RolledInputs,
+    clean_predictions,
+    roll_out,
+    row_mask,
+    wants_clean,
+)
 from raysched.training.setup import Run
+from raysched.training.targets import num_original, rollout_targets
 
 
 def teacher_forced(run: Run, batch: Batch) -> TrainingInputs:
@@ -37,34 +45,88 @@ def scheduled_sampling(run: Run, batch: Batch) -> TrainingInputs:
     """Inputs that the model makes itself, by rollouts from noisier times.
 
     ReflexFlow's biased input (arXiv 2512.04904) is the one-step case with `grid: jump`. Costs
-    one forward equivalent per rollout step (four with rk4), and one per rolled sample for
-    ReflexFlow's clean prediction. Without any rolled sample it is `teacher_forced` bit for bit.
+    one forward equivalent per rollout step (four with rk4, twice as many with guidance, three
+    times with `jump_gradient`), one per rolled sample for ReflexFlow's clean prediction, and
+    three per state on the way that `reuse` trains on. Without any rolled sample it is
+    `teacher_forced` bit for bit.
     """
-    plain = teacher_forced(run, batch)
-    plan = batch.plan
-    if not plan.num_rolled:
+    plain, plan, settings = teacher_forced(run, batch), batch.plan, run.config.rollout
+    if not any(of_rank.num_rolled for of_rank in batch.plans):
         return plain
-    rolled = roll_out(run, batch, plain.sample)
-    target = plain.target
-    if run.config.rollout.target == "anchored":
-        alpha, sigma = run.schedule.alpha_sigma(plan.target_u)
-        anchored = anchored_target(
-            run.config.prediction_type, batch.x0, rolled.sample, alpha, sigma, target
-        )
-        target = torch.where(_rows(plan.rolled, target), anchored, target)
-    return replace(
+    chosen = torch.nonzero(plan.rolled)[:, 0]
+    plain = replace(
         plain,
-        sample=rolled.sample,
-        target=target,
-        rolled=plan.rolled,
-        clean_prediction=rolled.clean_prediction,
-        num_forwards=rolled.num_forwards,
         num_rolled=plan.num_rolled,
         num_steps=int(plan.num_steps.sum()),
+        num_original=num_original(run, plan.target_u[chosen]),
+    )
+    if settings.jump_gradient and settings.grid == "jump":
+        return _through_the_jump(run, batch, plain)
+    passed = passed_states(plan, run.schedule, settings)
+    rolled = roll_out(run, batch, plain.sample, passed)
+    aim = rollout_targets(
+        run, batch, chosen, rolled.sample[chosen], plan.target_u[chosen], plain.target[chosen]
+    )
+    target = plain.target.index_copy(0, chosen.to(aim.device), aim)
+    inputs = replace(
+        plain,
+        sample=rolled.sample,
+        target=torch.where(row_mask(rolled.failed, target), plain.target, target),
+        rolled=plan.rolled.to(rolled.failed.device) & ~rolled.failed,
+        clean_prediction=rolled.clean_prediction,
+        num_forwards=rolled.num_forwards,
         drift=rolled.drift,
+        failed=rolled.failed,
+    )
+    return inputs if settings.reuse == "last" else _with_passed(run, batch, inputs, rolled, passed)
+
+
+def _through_the_jump(run: Run, batch: Batch, plain: TrainingInputs) -> TrainingInputs:
+    """Leave the jumps to the micro-batches, so that the gradient flows through them."""
+    jump, clean, num_forwards = DifferentiableJump(run, batch, plain), None, 0
+    if wants_clean(run):
+        with run.meter.timed("rollout"):
+            clean, jump.failed = clean_predictions(run, batch, plain.sample)
+        num_forwards = batch.plan.num_rolled
+    return replace(
+        plain,
+        rolled=batch.plan.rolled.to(plain.sample.device),
+        clean_prediction=clean,
+        num_forwards=num_forwards,
+        jump=jump,
     )
 
 
-def _rows(mask: Tensor, like: Tensor) -> Tensor:
-    """A (b,) mask, on the device of `like` and broadcastable against it."""
-    return mask.to(like.device).reshape(-1, *(1,) * (like.ndim - 1))
+def _with_passed(
+    run: Run, batch: Batch, inputs: TrainingInputs, rolled: RolledInputs, passed: PassedStates
+) -> TrainingInputs:
+    """Add the states on the way as rows of their own, with the plain loss.
+
+    Those of a rollout that failed are teacher-forced too, so that the count stays the plan's.
+    """
+    counts = tuple(
+        len(plan.num_steps) + len(passed_states(plan, run.schedule, run.config.rollout))
+        for plan in batch.plans
+    )
+    if rolled.kept is None:
+        return replace(inputs, rows_per_rank=counts)
+    rows = passed.samples
+    x0, eps = batch.x0[rows], batch.eps[rows]
+    alpha, sigma = run.schedule.alpha_sigma(passed.u)
+    failed = row_mask(rolled.failed[rows], x0)
+    original = prediction_target(run.config.prediction_type, x0, eps, alpha, sigma)
+    sample = torch.where(failed, add_noise(x0, eps, alpha, sigma), rolled.kept)
+    aim = rollout_targets(run, batch, rows, sample, passed.u, original)
+    clean = inputs.clean_prediction
+    return replace(
+        inputs,
+        sample=torch.cat([inputs.sample, sample]),
+        u=torch.cat([inputs.u, passed.u]),
+        x0=torch.cat([inputs.x0, x0]),
+        labels=torch.cat([inputs.labels, batch.labels[rows]]),
+        target=torch.cat([inputs.target, torch.where(failed, original, aim)]),
+        rolled=torch.cat([inputs.rolled, torch.zeros_like(rolled.failed[rows])]),
+        batch_rows=torch.cat([inputs.batch_rows, rows]),
+        clean_prediction=None if clean is None else torch.cat([clean, torch.zeros_like(sample)]),
+        rows_per_rank=counts,
+    )

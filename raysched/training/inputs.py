@@ -11,10 +11,12 @@ from torch import Tensor
 class Jump(Protocol):
     """Inputs that are made within the micro-batch that trains on them, with gradient."""
 
-    drift: float
+    drift: float | Tensor
+    num_forwards: int
+    failed: Tensor
 
     def remake(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample and target of the rows (m,), (m, C, H, W) each; adds to the drift."""
+        """Sample and target of the rows (m,), (m, C, H, W) each; adds to the three sums."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,19 @@ class TrainingInputs:
         x0: (n, C, H, W), data.
         labels: (n,), null class included.
         target: (n, C, H, W), in the network's prediction type.
-        rolled: (n,) bool on the host, rows that get ReflexFlow's loss where that is on.
+        rolled: (n,) bool, rows that get ReflexFlow's loss where that is on.
         batch_rows: (n,) int64 on the host, the row of the batch that each row comes from.
         clean_prediction: (n, C, H, W), the prediction at x_t of rolled rows (0 elsewhere); None
             unless ReflexFlow's frequency compensation is on.
         num_forwards: sample-forwards without gradient that it took on this rank.
         num_rolled: R on this rank.
         num_steps: sum of k on this rank.
+        num_original: rolled samples that keep the teacher-forced target.
         drift: summed over the rolled rows, root mean square distance from x_t.
-        jump: makes sample, target and drift instead of those above, where a gradient flows
-            through what made them.
+        failed: (b,) bool, rollouts that fell back to teacher forcing; None if none can have.
+        rows_per_rank: n of every rank; empty where each has b.
+        jump: makes sample, target, drift and failures instead of those above, where a gradient
+            flows through what made them.
     """
 
     sample: Tensor
@@ -50,5 +55,8 @@ class TrainingInputs:
     num_forwards: int = 0
     num_rolled: int = 0
     num_steps: int = 0
-    drift: float = 0.0
+    num_original: int = 0
+    drift: float | Tensor = 0.0
+    failed: Tensor | None = None
+    rows_per_rank: tuple[int, ...] = ()
     jump: Jump | None = None

@@ -7,7 +7,6 @@ that holds checkpoints, it goes on from the newest complete one.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,7 +197,7 @@ class Loop:
         return result
 
     def _take(self, result: StepResult) -> None:
-        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+        if result.failed:
             folder = f"step-{self.saved_step:08d}" if self.saved_step >= 0 else "none yet"
             raise RunFailedError(
                 f"{self.run_dir}: step {self.run.step + 1}: {result.describe_failure()}; the last "

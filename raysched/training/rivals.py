@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from raysched.diffusion.compute import GRADIENT_COST
 from raysched.diffusion.parameterization import (
     ANCHOR_SIGMA_FLOOR,
     add_noise,
@@ -138,65 +137,9 @@ def defar(run: Run, batch: Batch) -> TrainingInputs:
     loss is ReflexFlow's anti-drift term and frequency compensation towards the target that leads
     to x0. With `jump_gradient` the latent stays differentiable in both terms' inputs; labels and
     weights are constants. Costs B for the jump (3B with its gradient) and B for the clean
-    prediction unless alpha is 0. Without the gradient it is scheduled sampling with `grid: jump`.
+    prediction unless alpha is 0: scheduled sampling with `grid: jump` for every sample.
     """
-    if not run.config.defar.jump_gradient:
-        return scheduled_sampling(run, batch)
-    plain, plan = teacher_forced(run, batch), batch.plan
-    chosen = torch.nonzero(plan.rolled)[:, 0]
-    clean, num_forwards = None, GRADIENT_COST * len(chosen)
-    if run.config.defar.alpha != 0:
-        with run.meter.timed("rollout"), torch.no_grad():
-            clean = torch.zeros_like(plain.sample)
-            for part in _micro_batches(run, batch, chosen):
-                clean[part] = _predict(run, batch, plain.sample, plain.u, part)
-        num_forwards += len(chosen)
-    return replace(
-        plain,
-        rolled=plan.rolled,
-        clean_prediction=clean,
-        num_forwards=num_forwards,
-        num_rolled=plan.num_rolled,
-        num_steps=int(plan.num_steps.sum()),
-        jump=DifferentiableJump(run, batch, plain),
-    )
-
-
-class DifferentiableJump:
-    """DEFAR's jump with its gradient, made micro-batch by micro-batch.
-
-    Attributes:
-        drift: summed over the samples made so far, root mean square distance from x_t.
-    """
-
-    def __init__(self, run: Run, batch: Batch, plain: TrainingInputs) -> None:
-        self.drift = 0.0
-        self._run, self._batch, self._plain = run, batch, plain
-
-    def remake(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample (with gradient) and target (without) of the rows."""
-        run, batch, plan = self._run, self._batch, self._batch.plan
-        jumping = plan.rolled[rows]
-        chosen, place = rows[jumping], torch.nonzero(jumping)[:, 0].to(batch.x0.device)
-        sample, target = self._plain.sample[rows], self._plain.target[rows]
-        if not len(chosen):
-            return sample, target
-        x_source = add_noise(batch.x0, batch.eps, *run.schedule.alpha_sigma(plan.source_u))
-        x0, eps = _implied(run, batch, x_source, plan.source_u, chosen)
-        run.network.train()
-        alpha, sigma = run.schedule.alpha_sigma(plan.target_u[chosen])
-        # Euler's step on the linear path: the implied x0 and eps, mixed at the target time.
-        x_hat = add_noise(x0, eps, alpha, sigma)
-        self.drift += _distance(x_hat.detach(), sample[jumping])
-        aim = anchored_target(
-            run.config.prediction_type,
-            batch.x0[chosen],
-            x_hat.detach(),
-            alpha,
-            sigma,
-            target[jumping],
-        )
-        return sample.index_copy(0, place, x_hat), target.index_copy(0, place, aim)
+    return scheduled_sampling(run, batch)
 
 
 def _estimate(

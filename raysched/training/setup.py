@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from raysched.config.run import RunConfig
 from raysched.data.dataset import ImageDataset, load_dataset
@@ -72,20 +73,30 @@ class Run:
         """Share of the budget spent."""
         return fraction_spent(self.config.training.budget, self.step, self.meter)
 
-    def predict(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """The current weights' prediction without gradient machinery, in fp32.
+    def predict(
+        self, sample: Tensor, timestep: Tensor, class_labels: Tensor, *, average: bool = False
+    ) -> Tensor:
+        """The current weights' prediction without gradient sync, in fp32.
 
         Args:
             sample: (n, C, H, W), any floating dtype.
             timestep: (n,), what the network gets (index, or 1000 t).
             class_labels: (n,), null class included.
+            average: ask the EMA weights instead.
         """
         # float64 states exist in tests only; the network runs in its own precision.
         dtype = next(self.policy.parameters()).dtype
+        inputs = {
+            "sample": sample.to(dtype),
+            "timestep": timestep.to(dtype),
+            "class_labels": class_labels,
+        }
         with self.accelerator.autocast():
-            out: Tensor = self.policy(
-                sample=sample.to(dtype), timestep=timestep.to(dtype), class_labels=class_labels
-            )
+            out: Tensor
+            if average:
+                out = functional_call(self.policy, self.ema.weights(), kwargs=inputs)
+            else:
+                out = self.policy(**inputs)
         return out.to(sample.dtype)
 
 

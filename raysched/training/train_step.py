@@ -14,9 +14,10 @@ from torch import Tensor
 
 from raysched.diffusion.losses import plain_loss, reflexflow_loss
 from raysched.diffusion.randomness import generator
-from raysched.training.batch import draw_batch
+from raysched.training.batch import Batch, draw_batch
 from raysched.training.inputs import TrainingInputs
 from raysched.training.methods import METHODS
+from raysched.training.rollout_step import micro_batch_size
 from raysched.training.setup import Run
 
 
@@ -28,13 +29,22 @@ class StepResult:
         loss: mean over the global batch.
         grad_norm: before clipping, of the synchronised gradient.
         bad_samples: global indices of this rank's samples whose loss is no finite number.
+        fallback_samples: global indices of the samples of all ranks whose rollouts ended in no
+            finite number, if they are more than the run allows; else empty.
         rollout: `rollout/…` metrics of the global batch.
     """
 
     loss: float
     grad_norm: float
     bad_samples: tuple[int, ...]
+    fallback_samples: tuple[int, ...]
     rollout: dict[str, float]
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run must end here."""
+        finite = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        return bool(self.fallback_samples) or not finite
 
     def metrics(self) -> dict[str, float]:
         """The step's numbers under their metric names."""
@@ -42,13 +52,20 @@ class StepResult:
 
     def describe_failure(self) -> str:
         """In words, what was not finite."""
+        if self.fallback_samples:
+            share = f"{self.rollout['rollout/fallbacks']:.0%} of the step's rollouts"
+            named = _named(self.fallback_samples)
+            return f"the network returned no finite number in {share}, those of samples {named}"
         if self.bad_samples:
-            shown = ", ".join(map(str, self.bad_samples[:5]))
-            more = ", …" if len(self.bad_samples) > 5 else ""
-            return f"the loss of {len(self.bad_samples)} samples is {self.loss} ({shown}{more})"
+            named = _named(self.bad_samples)
+            return f"the loss of {len(self.bad_samples)} samples is {self.loss} ({named})"
         if not math.isfinite(self.loss):
             return f"the loss is {self.loss}"
         return f"the gradient's norm is {self.grad_norm} (on this or another rank)"
+
+
+def _named(samples: tuple[int, ...]) -> str:
+    return ", ".join(map(str, samples[:5])) + (", …" if len(samples) > 5 else "")
 
 
 def train_step(run: Run, step: int) -> StepResult:
@@ -64,20 +81,24 @@ def train_step(run: Run, step: int) -> StepResult:
     torch.manual_seed(generator(run.config.seed, "dropout", step, run.rank).initial_seed())
     run.network.train()
     losses = []
-    micro_batches = torch.arange(len(batch.x0)).chunk(run.config.training.gradient_accumulation)
+    # DDP averages over the ranks; what is wanted is the mean over all rows, wherever they are.
+    rows_of_ranks = inputs.rows_per_rank or (len(batch.x0),) * run.world_size
+    rows_per_rank = sum(rows_of_ranks) / run.world_size
+    num_rows = len(inputs.sample)
+    parts = max(run.config.training.gradient_accumulation, -(-num_rows // micro_batch_size(run)))
+    micro_batches = torch.arange(num_rows).tensor_split(parts)
     for number, rows in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
         sync = contextlib.nullcontext() if last else run.accelerator.no_sync(run.network)
         with sync, run.meter.timed("training"):
             loss = sample_losses(run, inputs, rows)
-            run.accelerator.backward(loss.sum() / len(batch.x0))
+            run.accelerator.backward(loss.sum() / rows_per_rank)
             losses.append(loss.detach())
     per_sample = torch.cat(losses)
     with run.meter.timed("training"):
         grad_norm = _apply_gradient(run, per_sample)
-    run.meter.gradient(run.config.training.batch_size)
-    bad = inputs.batch_rows[~torch.isfinite(per_sample).cpu()]
-    return _result(run, inputs, per_sample, grad_norm, batch.sample_indices[bad])
+    run.meter.gradient(sum(rows_of_ranks))
+    return _result(run, batch, inputs, per_sample, grad_norm)
 
 
 def sample_losses(run: Run, inputs: TrainingInputs, rows: Tensor) -> Tensor:
@@ -92,9 +113,10 @@ def sample_losses(run: Run, inputs: TrainingInputs, rows: Tensor) -> Tensor:
         (m,).
     """
     settings = run.config.rollout
-    sample, target = inputs.sample[rows], inputs.target[rows]
+    sample, target, rolled = inputs.sample[rows], inputs.target[rows], inputs.rolled[rows]
     if inputs.jump is not None:
         sample, target = inputs.jump.remake(rows)
+        rolled = rolled & ~inputs.jump.failed[rows]
     timestep = run.schedule.model_time(inputs.u[rows]).to(sample)
     with run.accelerator.autocast():
         prediction = run.network(
@@ -113,7 +135,7 @@ def sample_losses(run: Run, inputs: TrainingInputs, rows: Tensor) -> Tensor:
         beta1=settings.reflexflow_beta1,
         beta2=settings.reflexflow_beta2,
         norm=settings.reflexflow_norm,
-        rolled=inputs.rolled[rows],
+        rolled=rolled,
     )
 
 
@@ -135,32 +157,67 @@ def _apply_gradient(run: Run, per_sample: Tensor) -> float:
 
 
 def _result(
-    run: Run, inputs: TrainingInputs, per_sample: Tensor, grad_norm: float, bad: Tensor
+    run: Run, batch: Batch, inputs: TrainingInputs, per_sample: Tensor, grad_norm: float
 ) -> StepResult:
     """Sum up over the ranks, count the rollouts' forwards, and take means."""
+    failed, drift, spent = inputs.failed, inputs.drift, inputs.num_forwards
+    if inputs.jump is not None:
+        failed, drift = inputs.jump.failed, inputs.jump.drift
+        spent += inputs.jump.num_forwards
     sums = torch.tensor(
         [
             float(per_sample.double().sum()),
+            len(per_sample),
             inputs.num_rolled,
-            inputs.num_forwards,
+            spent,
             inputs.num_steps,
-            inputs.drift if inputs.jump is None else inputs.jump.drift,
+            float(drift),
+            0 if failed is None else int(failed.sum()),
+            inputs.num_original,
         ],
         dtype=torch.float64,
     )
     if run.world_size > 1:
         sums = sums.to(run.device)
         torch.distributed.all_reduce(sums)
-    loss, num_rolled, num_forwards, num_steps, drift = sums.tolist()
+    loss, rows, num_rolled, num_forwards, num_steps, total_drift, fallbacks, original = (
+        sums.tolist()
+    )
     run.meter.forward("rollout", round(num_forwards))
     size, per_rolled = run.config.training.batch_size, max(num_rolled, 1.0)
+    bad = inputs.batch_rows[~torch.isfinite(per_sample).cpu()]
     return StepResult(
-        loss=loss / size,
+        loss=loss / rows,
         grad_norm=grad_norm,
-        bad_samples=tuple(bad.tolist()),
+        bad_samples=tuple(sorted(set(batch.sample_indices[bad].tolist()))),
+        fallback_samples=_too_many(run, batch, failed, fallbacks, num_rolled),
         rollout={
             "rollout/fraction": num_rolled / size,
             "rollout/mean_offset": num_steps / per_rolled,
-            "rollout/drift": drift / per_rolled,
+            "rollout/drift": total_drift / per_rolled,
+            "rollout/fallbacks": fallbacks / per_rolled,
+            "rollout/original_targets": original / per_rolled,
+            "rollout/forwards": num_forwards,
         },
     )
+
+
+def _too_many(
+    run: Run, batch: Batch, failed: Tensor | None, fallbacks: float, num_rolled: float
+) -> tuple[int, ...]:
+    """Samples of all ranks whose rollouts failed, if they are more than the run allows.
+
+    A single one never stops a run, unless the share allowed is 0: with few rollouts in a step
+    it would be more than any share.
+    """
+    allowed = run.config.rollout.max_fallback_share
+    if fallbacks <= allowed * num_rolled or (fallbacks < 2 and allowed > 0):
+        return ()
+    size = run.config.training.batch_size
+    marks = torch.zeros(size, device=run.device)
+    if failed is not None:
+        places = batch.sample_indices[failed.cpu()] - batch.step * size
+        marks[places.to(run.device)] = 1.0
+    if run.world_size > 1:
+        torch.distributed.all_reduce(marks)
+    return tuple((torch.nonzero(marks.cpu())[:, 0] + batch.step * size).tolist())

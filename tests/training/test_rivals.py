@@ -50,7 +50,7 @@ def column(values: torch.Tensor) -> torch.Tensor:
 def exact_network(run: Run, batch: Batch) -> None:
     """Let the run predict as if it knew each sample's x0 and eps."""
 
-    def predict(sample, timestep, class_labels):
+    def predict(sample, timestep, class_labels, **options):
         labels = class_labels.tolist()
         rows = torch.tensor([batch.labels.tolist().index(label) for label in labels])
         return batch.eps[rows] - batch.x0[rows]
@@ -184,7 +184,7 @@ def test_the_gradient_through_defars_jump_changes_the_gradient_and_not_the_loss(
         loss.sum().backward()
         losses.append(loss.detach())
         gradients.append(torch.cat([p.grad.flatten() for p in run.policy.parameters()]))
-        drifts.append(inputs.drift if inputs.jump is None else inputs.jump.drift)
+        drifts.append(float(inputs.drift if inputs.jump is None else inputs.jump.drift))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
     assert drifts[0] == pytest.approx(drifts[1], rel=1e-4)
     assert float((gradients[0] - gradients[1]).norm()) > 0.01 * float(gradients[0].norm())
@@ -278,13 +278,7 @@ def test_what_a_sample_gets_does_not_depend_on_the_rank_that_trains_it(method):
     run = rival_run(method)
     whole = draw_batch(run, 1)
     rows = torch.arange(1, BATCH, 2)
-    part = Batch(
-        whole.sample_indices[rows],
-        whole.x0[rows],
-        whole.eps[rows],
-        whole.labels[rows],
-        whole.plan.select(rows),
-    )
+    part = whole.select(rows)
     results = []
     for batch in (whole, part):
         inputs = METHODS[run.config.exposure](run, batch)
