@@ -1,31 +1,27 @@
 """What a run will cost in forward equivalents, in closed form, before it is started.
 
-Nothing is drawn. The offset k follows its strategy's law, the room above a target follows the law
-of the training time, and both are independent, so that the clamped offset has
-E[min(k, room)] = sum over j >= 1 of P(k >= j) P(room >= j). Everything else is multiplication,
-one small function per factor.
-
-Legend: B samples, K the largest offset, N the rollout grid, T training timesteps, j = 1, 2, …
+Nothing is drawn. `offset_law` knows the expected length of a rollout; everything else is
+multiplication, one small function per factor. Only the padding of calls (`bucket`) needs an
+approximation: that the forwards of a step are normally distributed.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from raysched.config.run import NoiseScheduleConfig, RunConfig
+from raysched.config.run import RunConfig
 from raysched.diffusion.compute import GRADIENT_COST
-from raysched.diffusion.curriculum import probability_at
+from raysched.diffusion.curriculum import max_offset_at, probability_at
+from raysched.diffusion.offset_law import OffsetLaw, offset_law
 
 # A ramp is summed step by step up to so many steps, and by as many midpoints beyond.
 MAX_RAMP_STAGES = 4096
-# `NoiseSchedule.clamp_steps` forgives rounding by as much on a flow path.
-CLAMP_TOLERANCE = 1e-6
+# Quantiles of the normal law that padding is averaged over.
+NORMAL_POINTS = 64
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class StepForecast:
         num_rolled: R, samples with k > 0.
         num_unit_steps: sum of k.
         rollout: FE of making the inputs: the solver's forwards, clean and other predictions.
-        training: FE of the gradient.
+        training: FE of the gradient, states on the way that are trained on included.
     """
 
     num_rolled: float
@@ -89,57 +85,6 @@ class RunForecast:
         return self.rollout + self.training
 
 
-def offset_tail(strategy: str, max_step_offset: int, j: Tensor) -> Tensor:
-    """P(k >= j) of a sample chosen for a rollout, before clamping.
-
-    Args:
-        strategy: uniform U{0..K}, biased_early round(v²K) or biased_late round((1 - v²)K).
-        max_step_offset: K.
-        j: any shape, 1..K.
-    """
-    if strategy == "uniform":
-        return (max_step_offset + 1 - j).double() / (max_step_offset + 1)
-    share = (j.double() - 0.5) / max_step_offset
-    return 1 - share.sqrt() if strategy == "biased_early" else (1 - share).sqrt()
-
-
-def time_cdf(noise: NoiseScheduleConfig, u: Tensor) -> Tensor:
-    """P(r <= u) of the drawn coordinate r, before a DDPM schedule takes its index floor(r T)."""
-    u = u.double().clamp(0.0, 1.0)
-    return torch.special.ndtr(torch.logit(u)) if noise.timestep_sampling == "logit_normal" else u
-
-
-def room_tail(noise: NoiseScheduleConfig, grid: int, j: Tensor) -> Tensor:
-    """P(room >= j), room being the steps of the grid that fit between a target and the noisy end.
-
-    Args:
-        noise: the schedule.
-        grid: N.
-        j: any shape, 1 or more.
-    """
-    if noise.kind == "flow":
-        return time_cdf(noise, 1 - (j.double() - CLAMP_TOLERANCE) / grid)
-    count = noise.num_train_timesteps
-    # (T - 1 - i) N // T >= j in integers: i + 1 <= T - ceil(j T / N).
-    highest = count + torch.div(-j * count, grid, rounding_mode="floor")
-    return time_cdf(noise, highest.double() / count)
-
-
-@functools.lru_cache(maxsize=1024)
-def chosen_sample(
-    noise: NoiseScheduleConfig, strategy: str, max_step_offset: int, grid: int | str
-) -> tuple[float, float]:
-    """What to expect of one sample that the Bernoulli draw chose: P(k > 0) and E[k], clamped."""
-    if grid == "jump":
-        last = torch.tensor(1.0 if noise.kind == "flow" else 1 - 1 / noise.num_train_timesteps)
-        possible = float(time_cdf(noise, last))
-        return possible, possible
-    assert isinstance(grid, int)
-    j = torch.arange(1, min(max_step_offset, grid) + 1)
-    tail = offset_tail(strategy, max_step_offset, j) * room_tail(noise, grid, j)
-    return float(tail[0]), float(tail.sum())
-
-
 def chance_of_rollout(config: RunConfig, step: int) -> float:
     """Chance that a sample of an optimizer step is chosen for a rollout."""
     rollout = config.rollout
@@ -149,16 +94,51 @@ def chance_of_rollout(config: RunConfig, step: int) -> float:
 
 
 def forwards_per_unit_step(config: RunConfig) -> int:
-    """FE of one step of the rollout's solver: its forwards, at 3 where their gradient is kept."""
-    if config.exposure == "defar" and config.defar.jump_gradient:
-        return GRADIENT_COST
-    return 4 if config.rollout.sampler == "rk4" else 1
+    """Sample-forwards of one rollout step: the solver's, twice with guidance."""
+    rollout = config.rollout
+    solver = 4 if rollout.sampler == "rk4" else 1
+    return solver * (1 if rollout.guidance_scale == 1.0 else 2)
+
+
+def price_of_a_forward(config: RunConfig) -> int:
+    """FE of a rollout's forward: 3 where its gradient is kept."""
+    rollout = config.rollout
+    return GRADIENT_COST if rollout.jump_gradient and rollout.grid == "jump" else 1
 
 
 def clean_forwards(config: RunConfig) -> int:
     """Predictions at x_t per rolled sample, which ReflexFlow's frequency compensation wants."""
     rollout = config.rollout
     return int(bool(rollout.reflexflow) and rollout.reflexflow_alpha != 0)
+
+
+def other_forwards(config: RunConfig) -> int:
+    """Forwards per sample of a method's own, outside rollouts."""
+    return 1 if config.exposure == "dream" else 0
+
+
+def padding(config: RunConfig, law: OffsetLaw, chance: float, largest: int) -> float:
+    """Expected rows that fill the calls of a step up to multiples of `bucket`."""
+    rollout, training = config.rollout, config.training
+    workers, unit = max(config.scaling.num_workers, 1), forwards_per_unit_step(config)
+    if rollout.bucket == 1 or not chance * law.steps:
+        return 0.0
+    samples, clean = training.batch_size / workers, clean_forwards(config)
+    mean = unit * law.steps + clean * law.rolled
+    square = unit**2 * law.steps_squared + 2 * unit * clean * law.steps + clean * law.rolled
+    spread = math.sqrt(samples * max(chance * square - (chance * mean) ** 2, 0.0))
+    points = (torch.arange(NORMAL_POINTS, dtype=torch.float64) + 0.5) / NORMAL_POINTS
+    rows = (samples * chance * mean + spread * torch.special.ndtri(points)).clamp_min(1.0)
+    longest = largest * (4 if rollout.sampler == "rk4" else 1)
+    calls = (rows / (samples / training.gradient_accumulation)).ceil().clamp_min(longest)
+    # Sizes of calls lie evenly between multiples, unless all of them are below one.
+    size = rows / calls
+    waste = torch.where(
+        size < rollout.bucket,
+        rollout.bucket - size,
+        torch.tensor((rollout.bucket - 1) / 2, dtype=torch.float64),
+    )
+    return workers * float((calls * waste).mean())
 
 
 def step_forecast(config: RunConfig, step: int) -> StepForecast:
@@ -169,28 +149,28 @@ def step_forecast(config: RunConfig, step: int) -> StepForecast:
         step: number of the step, from 0.
     """
     rollout, size = config.rollout, config.training.batch_size
-    chosen = size * chance_of_rollout(config, step)
-    num_rolled = num_unit_steps = 0.0
-    if chosen:
-        grid = rollout.grid or config.noise_schedule.num_train_timesteps
-        rolled, steps = chosen_sample(
-            config.noise_schedule, rollout.strategy, rollout.max_step_offset, grid
-        )
-        num_rolled, num_unit_steps = chosen * rolled, chosen * steps
+    chance, largest = chance_of_rollout(config, step), max_offset_at(step, rollout)
+    law = OffsetLaw(0.0, 0.0, 0.0, 0.0)
+    if chance and largest:
+        law = offset_law(config.noise_schedule, rollout, largest)
+    num_rolled, num_unit_steps = size * chance * law.rolled, size * chance * law.steps
+    forwards = forwards_per_unit_step(config) * num_unit_steps * price_of_a_forward(config)
     return StepForecast(
         num_rolled=num_rolled,
         num_unit_steps=num_unit_steps,
-        rollout=forwards_per_unit_step(config) * num_unit_steps
+        rollout=forwards
         + clean_forwards(config) * num_rolled
-        + (size if config.exposure == "dream" else 0),
-        training=float(GRADIENT_COST * size),
+        + padding(config, law, chance, largest)
+        + other_forwards(config) * size,
+        training=GRADIENT_COST * size * (1 + chance * law.passed),
     )
 
 
 def course(config: RunConfig) -> Iterator[Stage]:
-    """The run's stages in order: what lies before the ramp, the ramp, and the endless rest."""
+    """The run's stages in order: what lies before the ramps, these, and the endless rest."""
     rollout = config.rollout
-    begin, length = rollout.start_step, rollout.ramp_steps
+    begin = rollout.start_step
+    length = max(rollout.ramp_steps, rollout.offset_ramp_steps)
     if not length:
         yield Stage(0, math.inf, step_forecast(config, 0))
         return

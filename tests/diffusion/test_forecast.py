@@ -9,18 +9,12 @@ import pytest
 import torch
 
 from raysched.config.loading import load_mapping
-from raysched.config.run import NoiseScheduleConfig, RunConfig
+from raysched.config.run import NoiseScheduleConfig, RunConfig, ScheduledSamplingConfig
 from raysched.diffusion.curriculum import draw_offsets, draw_plan
-from raysched.diffusion.forecast import (
-    MAX_RAMP_STAGES,
-    chosen_sample,
-    course,
-    forecast_run,
-    offset_tail,
-    room_tail,
-    step_forecast,
-)
+from raysched.diffusion.forecast import MAX_RAMP_STAGES, course, forecast_run, step_forecast
+from raysched.diffusion.offset_law import Window, offset_law, offset_tail
 from raysched.diffusion.randomness import uniforms
+from raysched.diffusion.reuse import passed_states
 from raysched.diffusion.schedules import NoiseSchedule
 
 RAMP = {"max_step_offset": 4, "grid": 20, "ramp_steps": 100, "start_step": 20, "prob_end": 0.8}
@@ -33,6 +27,12 @@ def run_config(rollout: dict[str, Any], **sections: Any) -> RunConfig:
 def fine_uniforms(count: int) -> torch.Tensor:
     """Midpoints of `count` cells of (0, 1)."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
+def room_tail(noise: NoiseScheduleConfig, grid: int, j: torch.Tensor) -> torch.Tensor:
+    """P(room >= j) without windows."""
+    window = Window.of(noise, ScheduledSamplingConfig())
+    return window.chance(window.room_bound(grid, j))
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "biased_early", "biased_late"])
@@ -71,11 +71,15 @@ def test_the_room_follows_the_law_of_the_training_time(kind: str, sampling: str)
 def test_one_unclamped_offset_is_counted_by_hand() -> None:
     # Uniform on 0, 1, 2; on a grid of one million nothing is clamped: P(k > 0) = 2/3, E[k] = 1.
     noise = NoiseScheduleConfig(num_train_timesteps=100_000)
-    rolled, steps = chosen_sample(noise, "uniform", 2, 100_000)
-    assert rolled == pytest.approx(2 / 3, rel=1e-4)
-    assert steps == pytest.approx(1.0, rel=1e-4)
+    law = offset_law(noise, ScheduledSamplingConfig(grid=100_000, reuse="all"), 2)
+    assert law.rolled == pytest.approx(2 / 3, rel=1e-4)
+    assert law.steps == pytest.approx(1.0, rel=1e-4)
+    assert law.steps_squared == pytest.approx(5 / 3, rel=1e-4)
+    # Only k = 2 passes a state on its way.
+    assert law.passed == pytest.approx(1 / 3, rel=1e-4)
     # With N = 1 a step needs the whole path: a target on a continuous path never has room.
-    assert chosen_sample(noise, "uniform", 2, 1)[1] == pytest.approx(0.0, abs=1e-5)
+    one_step = offset_law(noise, ScheduledSamplingConfig(grid=1), 2)
+    assert one_step.steps == pytest.approx(0.0, abs=1e-5)
 
 
 def test_plain_training_costs_three_per_sample_and_nothing_else() -> None:
@@ -92,8 +96,8 @@ def test_plain_training_costs_three_per_sample_and_nothing_else() -> None:
 def drawn_cost(config: RunConfig, num_steps: int) -> float:
     """FE of really drawn plans, counted by the definition."""
     schedule, size = NoiseSchedule.from_config(config.noise_schedule), config.training.batch_size
-    rollout = config.scheduled_sampling
-    unit = 4 if rollout.sampler == "rk4" else 1
+    rollout = config.rollout
+    unit = (4 if rollout.sampler == "rk4" else 1) * (1 if rollout.guidance_scale == 1 else 2)
     clean = bool(rollout.reflexflow) and rollout.reflexflow_alpha != 0
     total = 0
     for step in range(num_steps):
@@ -101,9 +105,11 @@ def drawn_cost(config: RunConfig, num_steps: int) -> float:
         target_u = schedule.training_u(uniforms(1, "time", step, indices)[:, 0])
         plan = draw_plan(config, schedule, target_u, 1, step, indices)
         total += unit * int(plan.num_steps.sum()) + clean * plan.num_rolled + 3 * size
+        total += 3 * len(passed_states(plan, schedule, rollout))
     return total
 
 
+ALWAYS = {"max_step_offset": 6, "probability": 1.0, "grid": 20}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ramp with ReflexFlow": (RAMP, {}),
     "cosine ramp": ({**RAMP, "ramp_shape": "cosine", "strategy": "biased_late"}, {}),
@@ -121,6 +127,29 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "jump on a coarse DDPM path": (
         {"max_step_offset": 1, "probability": 1.0, "grid": "jump"},
         {"prediction_type": "epsilon", "noise_schedule": {"num_train_timesteps": 4}},
+    ),
+    "windows on a shifted flow path": (
+        {**ALWAYS, "t_min": 0.2, "t_max": 0.7, "source_t_max": 0.9, "guidance_scale": 2.0},
+        {"noise_schedule": {"shift": 2.0}},
+    ),
+    "windows on a DDPM path, all states": (
+        {**ALWAYS, "t_min": 0.25, "t_max": 0.65, "source_t_max": 0.8, "reuse": "all"},
+        {"prediction_type": "sample", "noise_schedule": {"num_train_timesteps": 50}},
+    ),
+    "three states, a ramp of K": (
+        {**RAMP, "max_step_offset": 9, "offset_ramp_steps": 250, "offset_start": 1, "reuse": 3},
+        {},
+    ),
+    "stratified, windowed jump": (
+        {
+            "max_step_offset": 1,
+            "probability": 0.7,
+            "grid": "jump",
+            "stratified": True,
+            "t_max": 0.8,
+            "source_t_max": 0.6,
+        },
+        {},
     ),
 }
 
