@@ -24,6 +24,7 @@ from raysched.diffusion.randomness import normals, uniforms
 from raysched.training.batch import Batch
 from raysched.training.exposure import scheduled_sampling, teacher_forced
 from raysched.training.inputs import TrainingInputs
+from raysched.training.rollout_step import micro_batch_size
 from raysched.training.setup import Run
 
 
@@ -53,7 +54,7 @@ def mixflow(run: Run, batch: Batch) -> TrainingInputs:
     if gamma == 0:
         return plain
     _, sigma = run.schedule.alpha_sigma(batch.plan.target_u)
-    share = uniforms(run.config.seed, "mixflow", _step(run, batch), batch.sample_indices)[:, 0]
+    share = uniforms(run.config.seed, "mixflow", batch.step, batch.sample_indices)[:, 0]
     slowed = sigma + gamma * share * (1 - sigma)
     return replace(plain, sample=add_noise(batch.x0, batch.eps, 1 - slowed, slowed))
 
@@ -147,7 +148,7 @@ def _estimate(
 ) -> tuple[Tensor, Tensor]:
     """x0 and eps that the current weights see in chosen rows of x at u, without gradient."""
     with torch.no_grad():
-        parts = [_implied(run, batch, x, u, part) for part in _micro_batches(run, batch, chosen)]
+        parts = [_implied(run, batch, x, u, part) for part in _micro_batches(run, chosen)]
     return torch.cat([x0 for x0, _ in parts]), torch.cat([eps for _, eps in parts])
 
 
@@ -166,9 +167,9 @@ def _predict(run: Run, batch: Batch, x: Tensor, u: Tensor, chosen: Tensor) -> Te
     return run.predict(x[chosen], timestep, batch.labels[chosen])
 
 
-def _micro_batches(run: Run, batch: Batch, chosen: Tensor) -> list[Tensor]:
+def _micro_batches(run: Run, chosen: Tensor) -> list[Tensor]:
     """Chosen rows in parts no larger than a micro-batch, the memory that training needs anyway."""
-    size = -(-len(batch.x0) // run.config.training.gradient_accumulation)
+    size = micro_batch_size(run)
     return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
 
@@ -176,13 +177,8 @@ def _noise(run: Run, batch: Batch, purpose: str) -> Tensor:
     """Unit Gaussian noise for the batch from a stream of its own, (b, C, H, W)."""
     shape = tuple(batch.eps.shape[1:])
     indices = batch.sample_indices
-    noise = normals(run.config.seed, purpose, _step(run, batch), indices, shape)
+    noise = normals(run.config.seed, purpose, batch.step, indices, shape)
     return noise.to(batch.eps)
-
-
-def _step(run: Run, batch: Batch) -> int:
-    """Number of the optimizer step that a batch belongs to."""
-    return int(batch.sample_indices[0]) // run.config.training.batch_size
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
