@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from raysched.arguments import join_values, split_arguments
+from raysched.commands import Json, Work, probe, sample
 from raysched.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
 from raysched.outcome import Outcome, report, stopped_early, usage_failure, warn
 from raysched.signals import STOP
@@ -26,15 +26,10 @@ if TYPE_CHECKING:
     from raysched.training.result import RunResult
     from raysched.tuning.records import SweepResult
 
-SolverName = Literal["euler", "unipc", "dpm", "rk4"]
-Work = Callable[[], Outcome]
 # click's base class of everything that is wrong with a command line.
 UsageProblem: type[Exception] = typer.BadParameter.__bases__[0]
 
 OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")
-]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier start stopped.")]
 app = typer.Typer(
     name="raysched",
@@ -131,98 +126,10 @@ def plan(
     return work
 
 
-@app.command(epilog="Example: raysched sample runs/digits_flow-20260101-120000 --class-label 3")
-def sample(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or a checkpoint's.")
-    ],
-    num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 40,
-    nfe: Annotated[int, typer.Option(min=1, help="Network evaluations per image.")] = 10,
-    sampler: Annotated[SolverName, typer.Option(help="The solver.")] = "euler",
-    guidance_scale: Annotated[
-        float, typer.Option(min=0.0, help="Classifier-free guidance; 1 is off.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    class_label: Annotated[
-        int | None, typer.Option(min=0, help="One class for all images; default: all in turn.")
-    ] = None,
-    out: Annotated[str | None, typer.Option(help="The PNG; default: in the run's folder.")] = None,
-    weights: Annotated[
-        Literal["ema", "online"], typer.Option(help="Averaged or last weights.")
-    ] = "ema",
-    save_images: Annotated[
-        bool, typer.Option("--save-images", help="Write every image by itself, too.")
-    ] = False,
-    as_json: Json = False,
-) -> Work:
-    """Generate images from a trained model and store them as one picture."""
-
-    def work() -> Outcome:
-        from raysched.evaluation.sample_run import sample_run
-
-        result = sample_run(
-            source,
-            num_images=num_images,
-            nfe=nfe,
-            sampler=sampler,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            class_label=class_label,
-            out=out,
-            weights=weights,
-            save_images=save_images,
-        )
-        warn(list(result.notes))
-        return Outcome(result.as_json(), f"{result.num_images} images: {result.grid}")
-
-    return work
-
-
-@app.command(epilog="Example: raysched probe runs/with-rollouts runs/without-rollouts")
-def probe(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Folders of runs or checkpoints.")
-    ],
-    out: Annotated[str | None, typer.Option(help="Folder; default: probe/ in the first.")] = None,
-    num_samples: Annotated[int, typer.Option(min=8, help="States sampled from noise.")] = 400,
-    num_pairs: Annotated[int, typer.Option(min=8, help="Rollouts per place on the path.")] = 128,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of the path's grid.")] = 20,
-    max_offset: Annotated[int, typer.Option(min=1, help="Longest rollout, in steps.")] = 10,
-    nfe: Annotated[
-        list[int] | None, typer.Option(min=1, help="Network evaluations, repeatable.")
-    ] = None,
-    sampler: Annotated[SolverName, typer.Option(help="The solver.")] = "euler",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 1234,
-    weights: Annotated[
-        Literal["ema", "online"], typer.Option(help="Averaged or last weights.")
-    ] = "ema",
-    log: Annotated[bool, typer.Option(help="Add the figures to the runs in MLflow.")] = True,
-    as_json: Json = False,
-) -> Work:
-    """Show where on the path models drift, and which of several drifts less."""
-
-    def work() -> Outcome:
-        from pathlib import Path
-
-        from raysched.evaluation.probe import ProbeSettings
-        from raysched.report.probe_report import probe_runs
-
-        settings = ProbeSettings(
-            num_samples=num_samples,
-            num_pairs=num_pairs,
-            num_steps=steps,
-            max_offset=max_offset,
-            nfe=tuple(sorted(set(nfe))) if nfe else ProbeSettings.nfe,
-            solver=sampler,
-            seed=seed,
-        )
-        folder = Path(out) if out else None
-        paths = [Path(run) for run in runs]
-        result = probe_runs(paths, out=folder, settings=settings, weights=weights, log=log)
-        warn(list(result.notes))
-        return Outcome(result.as_json(), result.as_text())
-
-    return work
+app.command(epilog="Example: raysched sample runs/digits_flow-20260101-120000 --class-label 3")(
+    sample
+)
+app.command(epilog="Example: raysched probe runs/with-rollouts runs/without-rollouts")(probe)
 
 
 @app.command(

@@ -26,7 +26,7 @@ ROWS = (
     ("distributed",),
     ("tuning",),
     ("report",),
-    ("arguments", "outcome", "doctor", "cli", "__main__"),
+    ("arguments", "outcome", "doctor", "commands", "cli", "__main__"),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 
@@ -38,7 +38,7 @@ ONLY_IN = {
     "matplotlib": {"report"},
     "diffusers": {"models"},
     "accelerate": {"training"},
-    "typer": {"cli"},
+    "typer": {"cli", "commands"},
 }
 # Rooms that get by on the standard library and little else.
 NOTHING_BUT = {

@@ -20,7 +20,7 @@ from raysched.errors import ConfigError, RunFailedError
 from raysched.outcome import Outcome, report, warn
 from raysched.signals import STOP, StopRequest
 
-COMMANDS = ("train", "plan", "tune", "sample", "show-config", "schema", "doctor", "sync")
+COMMANDS = ("train", "plan", "tune", "sample", "probe", "show-config", "schema", "doctor", "sync")
 HEAVY = ("torch", "ray", "mlflow", "diffusers", "pandas", "matplotlib", "sklearn", "scipy")
 
 
@@ -89,6 +89,9 @@ USAGE_ERRORS = [
     (["sample", "x", "--sampler", "eular"], "euler"),
     (["sample", "x", "--jsn"], "--json"),
     (["sample", "x", "--num-images", "0"], "--num-images"),
+    (["probe"], "RUN"),
+    (["probe", "x", "--num-pairs", "2"], "--num-pairs"),
+    (["probe", "x", "--steps", "4"], "--max-offset"),
     (["schema", "rnu"], "rnu"),
     (["tune"], "a SPACE is needed"),
     (["tune", "no-such-space.yaml"], "no-such-space.yaml: no such file"),

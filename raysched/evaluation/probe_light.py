@@ -22,7 +22,8 @@ from raysched.evaluation.sampling import sampling_nodes
 
 NUM_STEPS, MAX_OFFSET = 8, 2
 WALK_NODES = (2, 4, 6, 8)
-ROLLOUT_SOURCES = (1, 3, 5)
+# Rollouts of two steps from every other node pass the whole path.
+ROLLOUT_SOURCES = (0, 2, 4, 6)
 FORWARDS_PER_SAMPLE = NUM_STEPS + MAX_OFFSET * len(ROLLOUT_SOURCES)
 MIN_SAMPLES, MAX_SAMPLES = 8, 64
 

@@ -51,14 +51,14 @@ def population_figure(labels: Sequence[str], found: Sequence[Found]) -> Figure:
     delta.set_yscale("log")
     energy.set_title("energy distance,\nsampled to forward")
     norm.set_title("prediction norm,\nsampled / forward")
-    spread.set_title(f"noise spread minus forward's,\nrollouts of {k}")
-    delta.set_title(f"δ of ADM-ES,\nrollouts of {k}")
+    spread.set_title(f"noise spread minus forward's,\n{k}-step rollouts")
+    delta.set_title(f"δ of ADM-ES,\n{k}-step rollouts")
     for axes, band in zip(cells[1], bands, strict=False):
         for run, each in enumerate(found):
             _line(axes, run, _series(each, band))
         axes.set_title(f"power, {BANDS[int(band.split('_')[1])]},\nsampled / forward")
     for axes, level in zip([*cells[1], norm, spread], (1, 1, 1, 1, 1, 0), strict=True):
-        axes.axhline(level, color="0.3", lw=0.8, zorder=0)
+        axes.axhline(level, color="0.35", lw=1, zorder=1.5)
     for axes in [*cells[0], *cells[1]]:
         _time_axis(axes)
     for axes in cells[1][len(bands) :]:
@@ -207,7 +207,9 @@ def _norm(statistic: str, grids: Sequence[NDArray[np.float64]]) -> Normalize:
     high = max(max(float(np.nanmax(grid)) for grid in grids), 1e-9)
     if statistic == "drift_excess":
         # Far below the floor, near the data, the colours saturate: what matters lies above it.
-        return Normalize(-high, high)
+        typical = max(float(np.nanmedian(np.abs(grid))) for grid in grids)
+        reach = max(high, 0.1 * typical)
+        return Normalize(-reach, reach)
     if statistic == "rollout_energy":
         # Square roots: models far apart are seen together. Estimates below 0 are chance.
         return PowerNorm(0.5, vmin=0.0, vmax=high, clip=True)
