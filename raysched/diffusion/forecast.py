@@ -117,7 +117,7 @@ def other_forwards(config: RunConfig) -> int:
     return 1 if config.exposure == "dream" else 0
 
 
-def padding(config: RunConfig, law: OffsetLaw, chance: float, largest: int) -> float:
+def padding(config: RunConfig, law: OffsetLaw, chance: float) -> float:
     """Expected rows that fill the calls of a step up to multiples of `bucket`."""
     rollout, training = config.rollout, config.training
     workers, unit = max(config.scaling.num_workers, 1), forwards_per_unit_step(config)
@@ -128,17 +128,20 @@ def padding(config: RunConfig, law: OffsetLaw, chance: float, largest: int) -> f
     square = unit**2 * law.steps_squared + 2 * unit * clean * law.steps + clean * law.rolled
     spread = math.sqrt(samples * max(chance * square - (chance * mean) ** 2, 0.0))
     points = (torch.arange(NORMAL_POINTS, dtype=torch.float64) + 0.5) / NORMAL_POINTS
-    rows = (samples * chance * mean + spread * torch.special.ndtri(points)).clamp_min(1.0)
-    longest = largest * (4 if rollout.sampler == "rk4" else 1)
-    calls = (rows / (samples / training.gradient_accumulation)).ceil().clamp_min(longest)
-    # Sizes of calls lie evenly between multiples, unless all of them are below one.
-    size = rows / calls
-    waste = torch.where(
-        size < rollout.bucket,
-        rollout.bucket - size,
-        torch.tensor((rollout.bucket - 1) / 2, dtype=torch.float64),
-    )
-    return workers * float((calls * waste).mean())
+    rows = (samples * chance * mean + spread * torch.special.ndtri(points)).round().clamp_min(0.0)
+    # P(longest rollout <= m), and from it the chance of each longest one.
+    beyond = torch.tensor([*law.tail, 0.0], dtype=torch.float64)
+    longest_law = torch.diff((1 - chance * beyond) ** samples)
+    longest = torch.arange(1, len(law.tail) + 1) * (4 if rollout.sampler == "rk4" else 1)
+    full = (rows * training.gradient_accumulation / samples).ceil()
+    calls = torch.maximum(full[:, None], longest[None, :])
+    # Calls have the same number of rows, give or take one.
+    least = (rows[:, None] / calls).floor()
+    larger = rows[:, None] - least * calls
+    padded = (calls - larger) * (least / rollout.bucket).ceil()
+    padded += larger * ((least + 1) / rollout.bucket).ceil()
+    waste = padded * rollout.bucket - rows[:, None]
+    return workers * float((waste * longest_law).sum(dim=1).mean())
 
 
 def step_forecast(config: RunConfig, step: int) -> StepForecast:
@@ -150,7 +153,7 @@ def step_forecast(config: RunConfig, step: int) -> StepForecast:
     """
     rollout, size = config.rollout, config.training.batch_size
     chance, largest = chance_of_rollout(config, step), max_offset_at(step, rollout)
-    law = OffsetLaw(0.0, 0.0, 0.0, 0.0)
+    law = OffsetLaw(0.0, 0.0, 0.0, 0.0, ())
     if chance and largest:
         law = offset_law(config.noise_schedule, rollout, largest)
     num_rolled, num_unit_steps = size * chance * law.rolled, size * chance * law.steps
@@ -160,7 +163,7 @@ def step_forecast(config: RunConfig, step: int) -> StepForecast:
         num_unit_steps=num_unit_steps,
         rollout=forwards
         + clean_forwards(config) * num_rolled
-        + padding(config, law, chance, largest)
+        + padding(config, law, chance)
         + other_forwards(config) * size,
         training=GRADIENT_COST * size * (1 + chance * law.passed),
     )

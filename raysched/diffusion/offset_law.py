@@ -31,12 +31,14 @@ class OffsetLaw:
         steps: E[k].
         steps_squared: E[k²].
         passed: expected states on the way that are trained on too.
+        tail: P(k >= j) for j = 1, 2, …
     """
 
     rolled: float
     steps: float
     steps_squared: float
     passed: float
+    tail: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def offset_law(
     window = Window.of(noise, config)
     if config.grid == "jump":
         possible = float(window.chance(window.jump_bound()))
-        return OffsetLaw(possible, possible, possible, 0.0)
+        return OffsetLaw(possible, possible, possible, 0.0, (possible,))
     grid = config.grid or noise.num_train_timesteps
     assert isinstance(grid, int)
     j = torch.arange(1, min(max_step_offset, grid) + 1)
@@ -139,7 +141,8 @@ def offset_law(
     tail = drawn * window.chance(window.room_bound(grid, j))
     passed = _passed(window, config, grid, j, drawn)
     squared = float(((2 * j - 1) * tail).sum())
-    return OffsetLaw(float(tail[0]), float(tail.sum()), squared, passed)
+    law = tuple(tail.tolist())
+    return OffsetLaw(float(tail[0]), float(tail.sum()), squared, passed, law)
 
 
 def _passed(

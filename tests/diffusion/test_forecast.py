@@ -10,11 +10,13 @@ import torch
 
 from raysched.config.loading import load_mapping
 from raysched.config.run import NoiseScheduleConfig, RunConfig, ScheduledSamplingConfig
+from raysched.diffusion.calls import CallOptions
 from raysched.diffusion.curriculum import draw_offsets, draw_plan
 from raysched.diffusion.forecast import MAX_RAMP_STAGES, course, forecast_run, step_forecast
 from raysched.diffusion.offset_law import Window, offset_law, offset_tail
 from raysched.diffusion.randomness import uniforms
 from raysched.diffusion.reuse import passed_states
+from raysched.diffusion.rollout import plan_calls
 from raysched.diffusion.schedules import NoiseSchedule
 
 RAMP = {"max_step_offset": 4, "grid": 20, "ramp_steps": 100, "start_step": 20, "prob_end": 0.8}
@@ -198,3 +200,25 @@ def test_a_budget_in_seconds_is_walked_with_the_speed_given() -> None:
     forecast = forecast_run(config, seconds_of=lambda step: step.total / 2000)
     assert 20_000 <= forecast.forward_equivalents < 20_000 + forecast.last.total
     assert math.isfinite(forecast.steps)
+
+
+@pytest.mark.parametrize(("bucket", "probability"), [(4, 0.8), (16, 0.8), (64, 0.2)])
+def test_the_padding_of_calls_is_within_two_percent(bucket: int, probability: float) -> None:
+    rollout = {"max_step_offset": 4, "probability": probability, "grid": 20, "bucket": bucket}
+    training = {"budget": {"steps": 200}, "gradient_accumulation": 2}
+    config = run_config(rollout, training=training)
+    schedule, size = NoiseSchedule.from_config(config.noise_schedule), config.training.batch_size
+    total = 0
+    for step in range(200):
+        indices = torch.arange(step * size, (step + 1) * size)
+        target_u = schedule.training_u(uniforms(1, "time", step, indices)[:, 0])
+        calls = plan_calls(
+            draw_plan(config, schedule, target_u, 1, step, indices),
+            schedule,
+            solver="unipc",
+            prediction_type="flow_matching",
+            capacity=size // 2,
+            options=CallOptions(with_clean=True, bucket=bucket),
+        )
+        total += calls.num_forwards + 3 * size
+    assert forecast_run(config).forward_equivalents == pytest.approx(total, rel=0.02)

@@ -40,6 +40,19 @@ CASES: dict[str, dict[str, Any]] = {
         "scheduled_sampling__sampler": "rk4",
         "scheduled_sampling__probability": 1.0,
     },
+    "windows, guidance, strata, padding": {
+        **BATCH,
+        "scheduled_sampling__probability": 0.8,
+        "scheduled_sampling__t_min": 0.2,
+        "scheduled_sampling__t_max": 0.9,
+        "scheduled_sampling__guidance_scale": 1.5,
+        "scheduled_sampling__stratified": True,
+        "scheduled_sampling__bucket": 4,
+    },
+    "gradient through a jump": {
+        **BATCH,
+        "exposure": "defar",
+    },
     # Small steps: the last one may overshoot by most of itself.
     "budget in FE": {
         "training__budget__steps": None,
@@ -60,6 +73,8 @@ def rollouts(case: str) -> dict[str, Any]:
         "ramp, accumulation": {"scheduled_sampling.probability"},
         "DDPM, rk4": {"scheduled_sampling.reflexflow_norm"},
     }.get(case, set())
+    if CASES[case].get("exposure") == "defar":
+        return CASES[case]
     kept = {k.replace(".", "__"): v for k, v in ROLLOUT.items() if k not in dropped}
     return {**kept, **CASES[case]}
 
