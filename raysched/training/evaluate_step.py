@@ -38,7 +38,7 @@ def evaluate_run(run: Run, run_dir: Path, tracker: Tracker, *, final: bool) -> d
     settings = run.config.evaluation
     with run.meter.timed("evaluation"), run.ema.applied(run.policy), run.accelerator.autocast():
         evaluation = evaluate(
-            run.policy,
+            run.replay or run.policy,
             config=run.config,
             dataset=run.dataset,
             schedule=run.schedule,
