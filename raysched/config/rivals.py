@@ -39,7 +39,8 @@ class DefarConfig(Section):
         "l1_sum", description="Norm in the compensation weight: as published, or effective."
     )
     jump_gradient: bool = Field(
-        True, description="Train through the jump (as published), at 3 FE for its forward."
+        False,
+        description="Train through the jump, at 3 FE for its forward; beta1 small then.",
     )
 
 

@@ -136,9 +136,11 @@ def defar(run: Run, batch: Batch) -> TrainingInputs:
 
     Every sample jumps by the model's velocity from a noisier time, uniform in (t, 1], to t; the
     loss is ReflexFlow's anti-drift term and frequency compensation towards the target that leads
-    to x0. With `jump_gradient` the latent stays differentiable in both terms' inputs; labels and
-    weights are constants. Costs B for the jump (3B with its gradient) and B for the clean
-    prediction unless alpha is 0: scheduled sampling with `grid: jump` for every sample.
+    to x0. It is scheduled sampling with `grid: jump` for every sample. With `jump_gradient` the
+    latent stays differentiable in both terms' inputs; labels and weights are constants. Nothing
+    trains the velocity at the source directly, so that a strong anti-drift term can then be met
+    by drifting more. Costs B for the jump (3B with its gradient) and B for the clean prediction
+    unless alpha is 0.
     """
     return scheduled_sampling(run, batch)
 

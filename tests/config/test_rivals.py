@@ -11,7 +11,7 @@ from raysched.errors import ConfigError
 SECTIONS = {
     "input_perturbation": {"gamma": 0.2},
     "self_correction": {"probability": 0.3, "noise": "same"},
-    "defar": {"beta1": 2.0, "norm": "l1_mean", "jump_gradient": False},
+    "defar": {"beta1": 2.0, "norm": "l1_mean", "jump_gradient": True},
     "mixflow": {"gamma": 0.5},
     "dream": {"power": 2.0},
 }
