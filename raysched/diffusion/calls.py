@@ -168,8 +168,7 @@ def plan_calls(
         order: of dpm and unipc.
         with_clean: the same as the option, for calls without further options.
         options: what else the rollouts do.
-        device: where the latents are.
-        dtype: of the latents.
+        device, dtype: of the latents.
     """
     options = options or CallOptions(with_clean=with_clean)
     rolled = torch.nonzero(plan.rolled)[:, 0]

@@ -202,10 +202,8 @@ def integrate(
         x: (B, D…), latents at the first node.
         schedule: the noise schedule.
         nodes_u: (N + 1,) descending coordinates, from noise to the end, often 0.
-        solver: solver of the ODE.
         prediction_type: what the network predicts.
-        order: of dpm and unipc.
-        epsilon_scaling: see `build_table`.
+        solver, order, epsilon_scaling: see `build_table`.
     """
     num_samples, num_steps = x.shape[0], nodes_u.numel() - 1
     table = build_table(
@@ -224,5 +222,4 @@ def integrate(
         table.num_forwards.expand(num_samples),
     )
     layout = Layout(wide, torch.arange(num_samples), num_samples)
-    calls = layout.calls(max(num_samples, 1), x.device, state_dtype(x.dtype))
-    return rollout(network, x, calls)
+    return rollout(network, x, layout.calls(max(num_samples, 1), x.device, state_dtype(x.dtype)))

@@ -120,27 +120,31 @@ def build_table(
         ancestral: fresh noise in every step; euler only.
     """
     program = solver_program(solver, order, ancestral=ancestral)
-    alpha, sigma = schedule.alpha_sigma(nodes_u)
-    nodes = Nodes.at(alpha, sigma, prediction_type, epsilon_scaling)
+    nodes = Nodes.at(*schedule.alpha_sigma(nodes_u), prediction_type, epsilon_scaling)
     timesteps = schedule.model_time(nodes_u[:, :-1])
     num_forwards = num_steps
     if program is RK4:
         terms, timesteps = _rk4_terms(schedule, nodes_u, nodes, prediction_type, epsilon_scaling)
-        last = sigma.gather(1, num_steps[:, None])[:, 0]
+        last = nodes.sigma.gather(1, num_steps[:, None])[:, 0]
         final_euler = (last == 0) & (num_steps > 0)
         num_forwards = 4 * num_steps - 3 * final_euler.long()
-    elif program.is_noisy:
-        terms = _ancestral_terms(nodes)
-    elif program is EULER:
-        terms = _euler_terms(nodes)
-    elif solver == "dpm":
-        terms = dpm_terms(alpha, sigma, nodes.to_x0, order=len(program.rows))
     else:
-        terms = unipc_terms(alpha, sigma, nodes.to_x0, order=len(program.rows) - 2)
+        terms = _terms(program, nodes, solver)
     zeros = torch.zeros_like(timesteps)
     stacked = torch.stack([terms.get(term, zeros) for term in program.terms])
     coefficients = torch.nan_to_num(stacked, nan=0.0, posinf=0.0, neginf=0.0)
     return SolverTable(program, coefficients, timesteps, num_forwards)
+
+
+def _terms(program: Program, nodes: Nodes, solver: SolverName) -> Terms:
+    """Coefficients of the solvers with one forward per step."""
+    if program.is_noisy:
+        return _ancestral_terms(nodes)
+    if program is EULER:
+        return _euler_terms(nodes)
+    if solver == "dpm":
+        return dpm_terms(nodes.alpha, nodes.sigma, nodes.to_x0, order=len(program.rows))
+    return unipc_terms(nodes.alpha, nodes.sigma, nodes.to_x0, order=len(program.rows) - 2)
 
 
 def _euler_terms(nodes: Nodes) -> Terms:

@@ -160,28 +160,9 @@ def _result(
     run: Run, batch: Batch, inputs: TrainingInputs, per_sample: Tensor, grad_norm: float
 ) -> StepResult:
     """Sum up over the ranks, count the rollouts' forwards, and take means."""
-    failed, drift, spent = inputs.failed, inputs.drift, inputs.num_forwards
-    if inputs.jump is not None:
-        failed, drift = inputs.jump.failed, inputs.jump.drift
-        spent += inputs.jump.num_forwards
-    sums = torch.tensor(
-        [
-            float(per_sample.double().sum()),
-            len(per_sample),
-            inputs.num_rolled,
-            spent,
-            inputs.num_steps,
-            float(drift),
-            0 if failed is None else int(failed.sum()),
-            inputs.num_original,
-        ],
-        dtype=torch.float64,
-    )
-    if run.world_size > 1:
-        sums = sums.to(run.device)
-        torch.distributed.all_reduce(sums)
-    loss, rows, num_rolled, num_forwards, num_steps, total_drift, fallbacks, original = (
-        sums.tolist()
+    failed = inputs.failed if inputs.jump is None else inputs.jump.failed
+    loss, rows, num_rolled, num_forwards, num_steps, total_drift, fallbacks, original = _sums(
+        run, inputs, per_sample, failed
     )
     run.meter.forward("rollout", round(num_forwards))
     size, per_rolled = run.config.training.batch_size, max(num_rolled, 1.0)
@@ -200,6 +181,33 @@ def _result(
             "rollout/forwards": num_forwards,
         },
     )
+
+
+def _sums(
+    run: Run, inputs: TrainingInputs, per_sample: Tensor, failed: Tensor | None
+) -> list[float]:
+    """Over all ranks: loss, rows, R, forwards, steps, drift, fallbacks, original targets."""
+    drift, spent = inputs.drift, inputs.num_forwards
+    if inputs.jump is not None:
+        drift, spent = inputs.jump.drift, spent + inputs.jump.num_forwards
+    sums = torch.tensor(
+        [
+            float(per_sample.double().sum()),
+            len(per_sample),
+            inputs.num_rolled,
+            spent,
+            inputs.num_steps,
+            float(drift),
+            0 if failed is None else int(failed.sum()),
+            inputs.num_original,
+        ],
+        dtype=torch.float64,
+    )
+    if run.world_size > 1:
+        sums = sums.to(run.device)
+        torch.distributed.all_reduce(sums)
+    values: list[float] = sums.tolist()
+    return values
 
 
 def _too_many(
