@@ -6,8 +6,15 @@ things are measured in turn within one process, and medians of the paired ratios
   engine           planning, solver tables and rollout of one optimizer step (p = 1)
   full batches     as many sample-forwards, nothing else
   one-sample loop  one sample at a time, one forward per step; timed on a few samples and scaled
-  same calls       the network alone, in calls of the engine's sizes: what max k sequential calls
-                   cost over full batches, however they are driven
+  replayed batches full batches of the recorded forward
+  same calls       the recorded forward alone, in calls of the engine's sizes: what max k
+                   sequential calls cost over replayed batches, however they are driven
+
+The network of the full batches and of the one-sample loop is called as it is, module by module.
+The engine, like training, replays its recorded forward (raysched/models/tracing.py, the same bits
+without the Python between the operators). `over_replayed_full_batches` holds the engine against
+full batches that are replayed, too: what is left there is the price of max k sequential calls and
+the engine's own work.
 
 `overhead_share` is the engine's time with a network that costs nothing over its time with the
 real one; `overhead_share_of_step` divides by the whole training step instead.
@@ -35,6 +42,8 @@ from raysched.diffusion.randomness import uniforms
 from raysched.diffusion.rollout import LaneNetwork, plan_calls, rollout
 from raysched.diffusion.schedules import NoiseSchedule
 from raysched.models.networks import build_network
+from raysched.models.tracing import trace_forward
+from raysched.training.allocator import keep_freed_memory
 
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "demo_unet_8x8": ({}, 8),
@@ -47,7 +56,8 @@ RATIOS = (
     "over_full_batches",
     "one_sample_loop_over_engine",
     "one_sample_loop_over_full_batches",
-    "same_calls_over_full_batches",
+    "over_replayed_full_batches",
+    "same_calls_over_replayed_full_batches",
     "overhead_share",
     "overhead_share_of_step",
 )
@@ -67,6 +77,8 @@ class Job:
         self.schedule = NoiseSchedule.from_config(self.config.noise_schedule)
         self.batch, self.accumulation = options.batch, accumulation
         self.network = build_network(self.config.model, 1, self.size, 10)
+        self.network.eval()
+        self.replay = trace_forward(self.network, (1, self.size, self.size)) or self.network
         count = self.batch * accumulation
         self.indices = torch.arange(count)
         self.target_u = self.schedule.training_u(uniforms(0, "t", 0, self.indices)[:, 0])
@@ -80,7 +92,7 @@ class Job:
 
     def call(self, *, sample: Tensor, timestep: Tensor, lanes: Tensor) -> Tensor:
         """The network as the engine calls it."""
-        out: Tensor = self.network(
+        out: Tensor = self.replay(
             sample=sample, timestep=timestep, class_labels=self.labels[lanes]
         )
         return out
@@ -105,15 +117,15 @@ class Job:
         for call in range(num_calls):
             rows = slice(0, (self.num_forwards + call) // num_calls)
             times = 1000 * self.target_u[rows].float()
-            self.network(sample=self.x0[rows], timestep=times, class_labels=self.labels[rows])
+            self.replay(sample=self.x0[rows], timestep=times, class_labels=self.labels[rows])
 
     @torch.no_grad()
-    def full_batches(self) -> None:
+    def full_batches(self, network: Callable[..., Tensor]) -> None:
         """The same number of sample-forwards, at the limit; the last batch is what is left."""
         for left in range(self.num_forwards, 0, -self.batch):
             rows = slice(0, min(left, self.batch))
             times = 1000 * self.target_u[rows].float()
-            self.network(sample=self.x0[rows], timestep=times, class_labels=self.labels[rows])
+            network(sample=self.x0[rows], timestep=times, class_labels=self.labels[rows])
 
     @torch.no_grad()
     def one_sample_loop(self) -> float:
@@ -157,24 +169,25 @@ def measure(model: str, options: argparse.Namespace, accumulation: int) -> dict[
     """One row: medians over paired repeats."""
     torch.manual_seed(0)
     job = Job(model, options, accumulation)
-    job.network.eval()
     num_calls = max(int(job.plan.num_steps.max()), -(-job.num_forwards // options.batch))
     ratios: dict[str, list[float]] = {name: [] for name in RATIOS}
     # Longer steps are less noisy, and would take most of the time.
     repeats = max(min(options.repeats, 5), options.repeats // accumulation)
     for repeat in range(repeats + 1):
-        limit = seconds(job.full_batches)
+        limit = seconds(lambda: job.full_batches(job.replay))
         engine = seconds(lambda: job.engine(job.call))
         same = seconds(lambda: job.bare_calls(num_calls))
         free = seconds(lambda: job.engine(free_network))
-        limit = 0.5 * (limit + seconds(job.full_batches))
+        limit = 0.5 * (limit + seconds(lambda: job.full_batches(job.replay)))
+        eager = seconds(lambda: job.full_batches(job.network))
         if repeat % 3 <= 1:
             loop = job.one_sample_loop()
         step = seconds(job.gradient_step)
         values = (
-            engine / limit,
+            engine / eager,
             loop / engine,
-            loop / limit,
+            loop / eager,
+            engine / limit,
             same / limit,
             free / engine,
             free / (engine + step),
@@ -217,6 +230,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure every model and accumulation, then print."""
     options = parse()
+    keep_freed_memory()
     if options.torch_threads is not None:
         torch.set_num_threads(options.torch_threads)
     if options.clock == "cpu":

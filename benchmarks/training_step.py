@@ -1,0 +1,144 @@
+"""What a whole training step with rollouts costs, against its parts done separately.
+
+Measured in turn within one process, medians of paired ratios:
+
+  step with rollouts  the training step of the demo's model with p = 1, K = 10
+  parts               the same model's plain training step, and as many sample-forwards without
+                      gradient in full batches of the micro-batch's size
+
+`planning_share` is the share of the step with rollouts that its timers find in drawing the plan,
+packing, solver tables and the solver's arithmetic, everything but the network.
+
+    python benchmarks/training_step.py --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from raysched.config.loading import load_mapping
+from raysched.training import batch as batch_module
+from raysched.training import rollout_step
+from raysched.training.allocator import keep_freed_memory
+from raysched.training.setup import Run, build_run
+from raysched.training.train_step import train_step
+
+CLOCK: dict[str, Callable[[], float]] = {"now": time.perf_counter}
+
+
+class Stopwatch:
+    """Adds up the time spent in wrapped functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = CLOCK["now"]()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += CLOCK["now"]() - start
+
+        return timed
+
+
+def make_run(max_step_offset: int, options: argparse.Namespace, accumulation: int) -> Run:
+    """A run of the demo's model on the digits."""
+    config = {
+        "scheduled_sampling": {
+            "max_step_offset": max_step_offset,
+            "probability": 1.0 if max_step_offset else 0.0,
+            "reflexflow": False,
+        },
+        "training": {
+            "batch_size": options.batch * accumulation,
+            "gradient_accumulation": accumulation,
+        },
+        "scaling": {"num_workers": 0},
+    }
+    return build_run(load_mapping(config, "benchmark").config)
+
+
+def measure(options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
+    """One row."""
+    rolled, plain = (make_run(k, options, accumulation) for k in (options.max_step_offset, 0))
+    planning, network = Stopwatch(), Stopwatch()
+    rollout_step.rollout = planning.wrap(rollout_step.rollout)
+    rollout_step.plan_calls = planning.wrap(rollout_step.plan_calls)
+    batch_module.draw_plan = planning.wrap(batch_module.draw_plan)
+    rolled.predict = network.wrap(rolled.predict)  # type: ignore[method-assign]
+    ratios, shares = [], []
+    for step in range(options.repeats + 2):
+        before = (rolled.meter.rollout, planning.seconds, network.seconds)
+        whole = seconds(lambda s=step: train_step(rolled, s))
+        forwards = rolled.meter.rollout - before[0]
+        arithmetic = (planning.seconds - before[1]) - (network.seconds - before[2])
+        parts = seconds(lambda s=step: train_step(plain, s))
+        parts += seconds(lambda n=forwards: full_batches(plain, n, options.batch))
+        if step >= 2:  # the first ones warm up
+            ratios.append(whole / parts)
+            shares.append(arithmetic / whole)
+    return {
+        "model": "demo_unet_8x8",
+        "batch": options.batch,
+        "accumulation": accumulation,
+        "max_step_offset": options.max_step_offset,
+        "step_over_parts": round(statistics.median(ratios), 4),
+        "planning_share": round(statistics.median(shares), 4),
+    }
+
+
+@torch.no_grad()
+def full_batches(run: Run, num_forwards: int, size: int) -> None:
+    """So many sample-forwards in full batches; the last one is what is left."""
+    for left in range(num_forwards, 0, -size):
+        count = min(left, size)
+        run.policy.eval()
+        run.predict(
+            torch.zeros(count, 1, 8, 8), torch.full((count,), 500.0), torch.zeros(count).long()
+        )
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Time of one call."""
+    start = CLOCK["now"]()
+    work()
+    return CLOCK["now"]() - start
+
+
+def main() -> None:
+    """Measure, then print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object only")
+    parser.add_argument("--batch", type=int, default=64, help="samples per micro-batch")
+    parser.add_argument("--max-step-offset", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--torch-threads", type=int, default=1)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    options = parser.parse_args()
+    torch.set_num_threads(options.torch_threads)
+    keep_freed_memory()
+    if options.clock == "cpu":
+        CLOCK["now"] = time.process_time
+    rows = [measure(options, accumulation) for accumulation in (1, 4)]
+    if options.json:
+        about = {"threads": options.torch_threads, "clock": options.clock}
+        print(json.dumps({"rows": rows, **about, "machine": platform.machine()}))
+        return
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
