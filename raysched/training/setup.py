@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from raysched.config.run import RunConfig
 from raysched.data.dataset import ImageDataset, load_dataset
@@ -84,6 +84,17 @@ class Run:
         size = self.dataset.image_size
         return trace_forward(self.policy, (self.dataset.channels, size, size))
 
+    @functools.cached_property
+    def average(self) -> Denoiser:
+        """A second network whose weights are the EMA's own tensors, so that it follows them."""
+        twin = copy.deepcopy(self.policy).requires_grad_(False)
+        # accelerate's mixed precision hangs a forward on the module that is the original's own.
+        twin.__dict__.pop("forward", None)
+        weights = self.ema.weights()
+        for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+            tensor.data = weights[name]
+        return twin
+
     def predict(
         self, sample: Tensor, timestep: Tensor, class_labels: Tensor, *, average: bool = False
     ) -> Tensor:
@@ -109,13 +120,11 @@ class Run:
         if replayable and self.replay is not None:
             return self.replay
 
+        network = self.average.train(self.policy.training) if average else self.policy
+
         def forward(**inputs: Tensor) -> Tensor:
             with self.accelerator.autocast():
-                if average:
-                    out = functional_call(self.policy, self.ema.weights(), kwargs=inputs)
-                else:
-                    out = self.policy(**inputs)
-            return cast(Tensor, out)
+                return cast(Tensor, network(**inputs))
 
         return forward
 

@@ -232,6 +232,24 @@ def test_the_policy_may_be_the_average_and_may_keep_its_dropout():
     assert not torch.equal(samples["online"], samples["dropout"])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_average_that_rolls_out_follows_the_training(precision):
+    config = rollout_config(scheduled_sampling__policy="ema", training__precision=precision)
+    run = build_run(config)
+    batch = draw_batch(run, 0)
+    for step in range(3):
+        train_step(run, step)
+        averaged = scheduled_sampling(run, batch).sample
+        with run.ema.applied(run.policy):
+            expected = run.predict(batch.x0, batch.plan.target_u.float(), batch.labels)
+        got = run.predict(batch.x0, batch.plan.target_u.float(), batch.labels, average=True)
+        assert not torch.equal(
+            got, run.predict(batch.x0, batch.plan.target_u.float(), batch.labels)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2 * float(got.abs().max()))
+        assert bool(averaged.isfinite().all())
+
+
 def test_ancestral_rollouts_differ_by_sample_and_step_and_repeat():
     run = option_run(sampler="euler", ancestral=True)
     batch = draw_batch(run, 0)
