@@ -88,8 +88,6 @@ class Run:
     def average(self) -> Denoiser:
         """A second network whose weights are the EMA's own tensors, so that it follows them."""
         twin = copy.deepcopy(self.policy).requires_grad_(False)
-        # accelerate's mixed precision hangs a forward on the module that is the original's own.
-        twin.__dict__.pop("forward", None)
         weights = self.ema.weights()
         for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
             tensor.data = weights[name]
