@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from raysched.config.entries import COMMAND_LINE, Entries, Finding
@@ -270,6 +270,22 @@ def check_idle(config: RunConfig, entries: Entries, *, only_overrides: bool) -> 
             finding = _idle_finding(idle, affected, reason, entries)
             findings += [finding] if finding else []
     return findings
+
+
+def idle_keys(config: RunConfig, written: Collection[str]) -> frozenset[str]:
+    """The settings among those written that another of them leaves without effect.
+
+    Args:
+        config: a run with these settings.
+        written: dotted keys.
+    """
+    return frozenset(
+        path
+        for idle in IDLE
+        if any(cause in written for cause in idle.causes) and idle.reason(config) is not None
+        for path in idle.affected
+        if path in written
+    )
 
 
 def _asks_nothing(path: str, value: object) -> bool:

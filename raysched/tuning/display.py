@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from raysched.config.run import ExposureMethod
+from raysched.config.idle import idle_keys
+from raysched.config.loading import assign
+from raysched.errors import ConfigError
 from raysched.tuning.records import TrialRecord
 
 SCALED_HEADER = "q scaled"
@@ -166,10 +168,13 @@ def swept_keys(records: Iterable[TrialRecord]) -> list[str]:
 
 
 def used_settings(record: TrialRecord) -> dict[str, Any]:
-    """The trial's settings without those of methods that it doesn't use."""
-    chosen = record.assignments.get("exposure")
-    idle = set(get_args(ExposureMethod)) - {chosen} if chosen else set()
-    return {k: v for k, v in record.assignments.items() if k.partition(".")[0] not in idle}
+    """The trial's settings without those that another of its settings leaves without effect."""
+    try:
+        idle = idle_keys(assign({}, record.assignments), record.assignments)
+    except ConfigError:
+        # They fit only together with the base run's settings: show all of them.
+        return dict(record.assignments)
+    return {key: value for key, value in record.assignments.items() if key not in idle}
 
 
 def headers(keys: Sequence[str]) -> list[str]:
