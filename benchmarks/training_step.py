@@ -4,7 +4,8 @@ Measured in turn within one process, medians of paired ratios:
 
   step with rollouts  the training step of the demo's model with p = 1, K = 10
   parts               the same model's plain training step, and as many sample-forwards without
-                      gradient in full batches of the micro-batch's size
+                      gradient in full batches of the micro-batch's size, the network called as
+                      it is; for `step_over_replayed_parts` by its recorded forward
 
 `planning_share` is the share of the step with rollouts that its timers find in drawing the plan,
 packing, solver tables and the solver's arithmetic, everything but the network.
@@ -77,17 +78,22 @@ def measure(options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
     rollout_step.rollout = planning.wrap(rollout_step.rollout)
     rollout_step.plan_calls = planning.wrap(rollout_step.plan_calls)
     batch_module.draw_plan = planning.wrap(batch_module.draw_plan)
+    plain.policy.eval()
     rolled.predict = network.wrap(rolled.predict)  # type: ignore[method-assign]
-    ratios, shares = [], []
+    ratios, replayed, shares = [], [], []
     for step in range(options.repeats + 2):
         before = (rolled.meter.rollout, planning.seconds, network.seconds)
         whole = seconds(lambda s=step: train_step(rolled, s))
         forwards = rolled.meter.rollout - before[0]
         arithmetic = (planning.seconds - before[1]) - (network.seconds - before[2])
         parts = seconds(lambda s=step: train_step(plain, s))
-        parts += seconds(lambda n=forwards: full_batches(plain, n, options.batch))
+        eager = seconds(lambda n=forwards: full_batches(plain.policy, n, options.batch))
+        fast = seconds(
+            lambda n=forwards: full_batches(plain.replay or plain.policy, n, options.batch)
+        )
         if step >= 2:  # the first ones warm up
-            ratios.append(whole / parts)
+            ratios.append(whole / (parts + eager))
+            replayed.append(whole / (parts + fast))
             shares.append(arithmetic / whole)
     return {
         "model": "demo_unet_8x8",
@@ -95,18 +101,20 @@ def measure(options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
         "accumulation": accumulation,
         "max_step_offset": options.max_step_offset,
         "step_over_parts": round(statistics.median(ratios), 4),
+        "step_over_replayed_parts": round(statistics.median(replayed), 4),
         "planning_share": round(statistics.median(shares), 4),
     }
 
 
 @torch.no_grad()
-def full_batches(run: Run, num_forwards: int, size: int) -> None:
+def full_batches(network: Callable[..., torch.Tensor], num_forwards: int, size: int) -> None:
     """So many sample-forwards in full batches; the last one is what is left."""
     for left in range(num_forwards, 0, -size):
         count = min(left, size)
-        run.policy.eval()
-        run.predict(
-            torch.zeros(count, 1, 8, 8), torch.full((count,), 500.0), torch.zeros(count).long()
+        network(
+            sample=torch.zeros(count, 1, 8, 8),
+            timestep=torch.full((count,), 500.0),
+            class_labels=torch.zeros(count, dtype=torch.int64),
         )
 
 

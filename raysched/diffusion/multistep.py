@@ -179,6 +179,10 @@ def _unipc_rho(h: Tensor, points: list[Tensor]) -> list[Tensor]:
     if size == 1:
         return [torch.full_like(h, 0.5)]
     phi = phi_functions(-h, size + 1)
+    if size == 2:  # the default order's corrector, in closed form: a solver costs several times it
+        p, q = points
+        first = (2 * phi[2] - q * phi[1]) / phi[0] / (p - q)
+        return [first, phi[1] / phi[0] - first]
     right = torch.stack([math.factorial(i) * phi[i] / phi[0] for i in range(1, size + 1)], dim=-1)
     stacked = torch.stack(points, dim=-1)
     matrix = torch.stack([stacked**i for i in range(size)], dim=-2)
