@@ -16,7 +16,7 @@ import typer
 from raysched.arguments import join_values, split_arguments
 from raysched.commands import Json, Work, probe, sample
 from raysched.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
-from raysched.outcome import Outcome, report, stopped_early, usage_failure, warn
+from raysched.outcome import Outcome, mute, report, stopped_early, usage_failure, warn
 from raysched.signals import STOP
 
 if TYPE_CHECKING:
@@ -262,7 +262,14 @@ def _load_run(tokens: list[str] | None) -> RunConfig:
 def _console(as_json: bool) -> Console:
     from rich.console import Console
 
-    return Console(stderr=as_json, soft_wrap=True)
+    class Lasting(Console):
+        """Work goes on when its reader leaves (`| head`): hours of training may be behind it."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            mute(self.file.fileno())
+
+    return Lasting(stderr=as_json, soft_wrap=True)
 
 
 def _outcome(result: RunResult | SweepResult, text: str = "") -> Outcome:

@@ -115,6 +115,7 @@ def warn(messages: list[str]) -> None:
 
 def report(work: Callable[[], Outcome], *, as_json: bool) -> int:
     """Run a command, print its outcome, and return the exit code."""
+    _open_streams()
     try:
         with plain_warnings(), _stdout_for_json(as_json) as descriptor:
             outcome = guarded(work)
@@ -127,9 +128,29 @@ def report(work: Callable[[], Outcome], *, as_json: bool) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has left (`| head`): nobody is there to be told; flushing at exit is muted.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        mute(1)
+        return EXIT_FAILED
+    except OSError as error:
+        mute(1)
+        print(f"error: stdout can't be written: {error.strerror}", file=sys.stderr)
         return EXIT_FAILED
     return outcome.exit_code
+
+
+def mute(descriptor: int) -> None:
+    """Send what is still written to a stream without a reader nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != descriptor:
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def _open_streams() -> None:
+    """Give standard streams that were closed by the caller (`>&-`) a place to write to."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            mute(number)
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
 
 
 def usage_failure(message: str) -> Outcome:

@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C: the first asks for a clean, resumable stop, a second Ctrl-C interrupts.
+"""SIGTERM, SIGHUP and Ctrl-C: the first asks for a clean, resumable stop, a second Ctrl-C
+interrupts.
 
 Installed before anything heavy is imported, so that a signal during the start counts too. Ray's
 `init` puts its own SIGTERM handler in place: `STOP.restore()` after it takes the place back.
@@ -24,15 +25,18 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """True from the first SIGTERM or SIGINT on."""
+        """True from the first signal on."""
         return self.signal_name is not None
 
     def install(self) -> None:
-        """Handle SIGTERM and SIGINT; may be repeated, does nothing outside the main thread."""
+        """Handle the three signals; may be repeated, does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
+        # The terminal went away; under nohup the signal stays ignored.
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._handle)
         self._installed = True
 
     def restore(self) -> None:

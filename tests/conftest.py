@@ -41,7 +41,10 @@ def fresh_signals() -> Iterator[None]:
     """The signal handlers and the process's stop request as they were, after the test."""
     from raysched.signals import STOP
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

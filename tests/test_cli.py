@@ -348,3 +348,46 @@ def test_a_signal_before_training_begins_exits_75(
     assert main([command, *arguments, "--json"]) == 75
     printed = capfd.readouterr()
     assert json.loads(printed.out)["status"] == "stopped"
+
+
+def test_a_lost_terminal_stops_resumably_unless_it_is_ignored(fresh_signals: None) -> None:
+    stop = StopRequest()
+    stop.install()
+    signal.raise_signal(signal.SIGHUP)
+    assert stop.signal_name == "SIGHUP"
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop.install()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full", ">&- 2>&-"])
+@pytest.mark.parametrize("option", ["", "--json"])
+def test_a_stdout_that_takes_nothing_ends_without_a_traceback(
+    redirection: str, option: str
+) -> None:
+    command = f"'{sys.executable}' -m raysched show-config {option} {redirection}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    full = "full" in redirection
+    assert done.returncode == (1 if full else 0)
+    assert done.stderr == ("error: stdout can't be written: No space left on device\n" * full)
+
+
+def test_work_goes_on_when_the_reader_of_its_lines_leaves() -> None:
+    code = (
+        "from raysched.cli import _console; c = _console(False); c.print('one');"
+        "input(); [c.print(f'line {n}') for n in range(3)];"
+        "import sys; print('done', file=sys.stderr)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "one\n"
+        process.stdout.close()
+        process.stdout = None
+        _, stderr = process.communicate("\n", timeout=60)
+    assert (process.returncode, stderr) == (0, "done\n")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from raysched.config.paths import user_path
 from raysched.config.run import DataConfig
 from raysched.data.sources import DecodedSource, decode_source, source_identity
 from raysched.errors import StorageError
@@ -51,7 +52,7 @@ def cache_path(config: DataConfig) -> Path:
 def cache_folder(config: DataConfig) -> Path:
     """Where the cache is: `data.cache_dir`, else $RAYSCHED_CACHE, else ~/.cache/raysched."""
     named = config.cache_dir or os.environ.get("RAYSCHED_CACHE") or "~/.cache/raysched"
-    return Path(named).expanduser()
+    return user_path(named, "data.cache_dir")
 
 
 def _fill(config: DataConfig, path: Path, lock_timeout_s: float) -> DecodedSource:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raysched.config.paths import user_path
 from raysched.config.run import DataConfig
 from raysched.data.image_folder import decode_folder, list_folder, resize_and_crop
 from raysched.errors import DataError
@@ -91,7 +92,9 @@ def _decode_digits(config: DataConfig) -> DecodedSource:
 def _fashion_mnist_files(config: DataConfig) -> list[tuple[Path, Path]]:
     """Image and label file of both parts; gzip or plain."""
     folders = (
-        (Path(config.path).expanduser(),) if config.path is not None else FASHION_MNIST_FOLDERS
+        (user_path(config.path, "data.path"),)
+        if config.path is not None
+        else FASHION_MNIST_FOLDERS
     )
     for folder in folders:
         pairs = []
@@ -169,7 +172,7 @@ def _folder_root(config: DataConfig) -> Path:
         raise DataError(
             "data.path: image_folder needs the folder of the images; set data.path=FOLDER"
         )
-    return Path(config.path).expanduser()
+    return user_path(config.path, "data.path")
 
 
 def _folder_identity(config: DataConfig) -> dict[str, Any]:

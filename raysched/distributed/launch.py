@@ -7,6 +7,7 @@ order (a callback that talks to Tune directly can hang the trial).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import uuid
@@ -20,11 +21,14 @@ from raysched.distributed.runtime import cluster_cpus, ensure_ray
 from raysched.errors import ConfigError, RunFailedError, UserError
 from raysched.training.protocols import NullTracker, Tracker
 from raysched.training.result import RunResult
+from raysched.training.run_folder import WRITER_LOCK, own_run_folder
 
 ReportCallback = Callable[[Mapping[str, float]], None]
 FATAL_FILE = ".fatal"
 # How often the caller looks whether the trainer's thread has ended.
 QUEUE_WAIT_S = 0.25
+# How long the workers of a killed driver may need to notice.
+WRITER_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -194,8 +198,12 @@ def _run_loop(
     # More threads than CPUs cost 5-10x; a known number also makes sums reproducible.
     torch.set_num_threads(threads or config.scaling.cpus_per_worker)
     keep_freed_memory()
-    tracker = job.make_tracker() if job.make_tracker and rank == 0 else NullTracker()
-    return train_loop(config, run_dir=Path(job.run_dir), report=report, tracker=tracker)
+    run_dir, is_main = Path(job.run_dir), rank == 0
+    # Workers of a killed driver may live on for some seconds: two must never write.
+    owned = own_run_folder(run_dir, lock=WRITER_LOCK, timeout_s=WRITER_WAIT_S)
+    with owned if is_main else contextlib.nullcontext():
+        tracker = job.make_tracker() if job.make_tracker and is_main else NullTracker()
+        return train_loop(config, run_dir=run_dir, report=report, tracker=tracker)
 
 
 def _as_user_error(error: BaseException, run_dir: Path) -> BaseException:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raysched.config.paths import anchored, user_path
 from raysched.config.run import RunConfig
 from raysched.distributed.launch import run_training
 from raysched.signals import STOP
@@ -19,6 +20,7 @@ from raysched.training.run_folder import (
     holds_run,
     latest_run_dir,
     open_run_folder,
+    own_run_folder,
     read_config,
 )
 from raysched.training.stop import clear_stop, request_stop
@@ -42,20 +44,22 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
         StorageError, ConfigError: the folder, the store or the cluster can't be used as asked.
         RunFailedError: the workers were lost.
     """
+    config = anchored(config, Path.cwd())
     run_dir = choose_run_dir(config, resume=resume)
     done = _already_finished(config, run_dir) if resume else None
     if done is not None:
         console.print(f"{run_dir}: this run is finished already")
         return done
-    open_run_folder(config, run_dir, resume=resume)
-    clear_stop(run_dir)
-    console.print(f"run folder: {run_dir}", soft_wrap=True)
 
     def on_signal(name: str) -> None:
         request_stop(run_dir, "stopped", name)
 
-    STOP.register(on_signal)
-    try:
+    with own_run_folder(run_dir), contextlib.ExitStack() as at_end:
+        open_run_folder(config, run_dir, resume=resume)
+        clear_stop(run_dir)
+        console.print(f"run folder: {run_dir}", soft_wrap=True)
+        STOP.register(on_signal)
+        at_end.callback(STOP.unregister, on_signal)
         with _tracking(config, run_dir, console) as make_tracker:
             return run_training(
                 config,
@@ -63,14 +67,12 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
                 report=functools.partial(_print_evaluation, console),
                 make_tracker=make_tracker,
             )
-    finally:
-        STOP.unregister(on_signal)
 
 
 def choose_run_dir(config: RunConfig, *, resume: bool) -> Path:
     """The absolute folder of a run: as configured, the newest of its name, or a new one."""
     if config.training.output_dir is not None:
-        return Path(config.training.output_dir).expanduser().absolute()
+        return user_path(config.training.output_dir, "training.output_dir").absolute()
     latest = latest_run_dir(config.name) if resume else None
     return latest or default_run_dir(config.name)
 

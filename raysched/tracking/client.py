@@ -10,6 +10,7 @@ import logging
 import os
 from typing import Any
 
+from raysched.config.paths import user_path
 from raysched.tracking.uris import is_sqlite, redact, unreachable_reason
 
 # Our own retries keep order and are told to the user; MLflow's would block for minutes.
@@ -52,6 +53,7 @@ def connect(uri: str) -> Any:
     reason = unreachable_reason(uri)
     if reason is not None:
         raise UnreachableError(reason)
+    user_path("~", "HOME")  # MLflow asks for it when it is imported
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient

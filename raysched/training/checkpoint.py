@@ -79,11 +79,15 @@ def load_latest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None
         run_dir: the run's folder.
         warn: told about each damaged checkpoint that is passed over.
     """
-    for folder in reversed(checkpoint_folders(run_dir)):
+    folders = checkpoint_folders(run_dir)
+    for folder in reversed(folders):
         try:
             return load_checkpoint(folder)
         except StorageError as error:
-            warn(f"{error}; using the checkpoint before it")
+            rest = "using the checkpoint before it" if folder != folders[0] else "none is left"
+            warn(f"{error}; {rest}")
+    if folders:
+        warn(f"{run_dir}: no checkpoint can be used: training begins anew")
     return None
 
 

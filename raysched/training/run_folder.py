@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from raysched.config.loading import dump, load, write_yaml
 from raysched.config.run import RunConfig
@@ -17,6 +20,7 @@ from raysched.training.result import RESULT_FILE
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+DRIVER_LOCK, WRITER_LOCK = ".lock", ".writer.lock"
 # A resumed run may differ in these: they don't change what has been computed so far.
 FREE_ON_RESUME = (
     "name",
@@ -53,6 +57,35 @@ def latest_run_dir(name: str, root: Path | None = None) -> Path | None:
 def holds_run(run_dir: Path) -> bool:
     """Whether a folder already belongs to a run."""
     return (run_dir / CONFIG_FILE).exists() or bool(checkpoint_folders(run_dir))
+
+
+@contextlib.contextmanager
+def own_run_folder(
+    run_dir: Path, *, lock: str = DRIVER_LOCK, timeout_s: float = 0
+) -> Iterator[None]:
+    """Keep other processes out of a run's folder meanwhile; the system frees it after a kill.
+
+    Args:
+        run_dir: the run's folder; made if it is missing.
+        lock: `DRIVER_LOCK` of the command, or `WRITER_LOCK` of the process that trains.
+        timeout_s: how long to wait for another owner to end.
+
+    Raises:
+        StorageError: the folder can't be written, or another process trains there.
+    """
+    check_writable(run_dir)
+    owned = FileLock(run_dir / lock)
+    try:
+        owned.acquire(timeout=timeout_s)
+    except Timeout as error:
+        raise StorageError(
+            f"training.output_dir: {run_dir}: another process is training there; wait for it, "
+            "end it, or name another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        owned.release()
 
 
 def open_run_folder(config: RunConfig, run_dir: Path, *, resume: bool) -> None:

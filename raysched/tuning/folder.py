@@ -11,6 +11,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from raysched.config.loading import dump, load, write_yaml
+from raysched.config.paths import user_path
 from raysched.config.run import RunConfig
 from raysched.config.sweep import SweepConfig
 from raysched.errors import ConfigError, StorageError
@@ -41,7 +42,7 @@ def sweep_folder(sweep: SweepConfig, *, resume: bool, root: Path | None = None) 
     """
     root = (root or Path.cwd()).resolve()
     if sweep.output_dir is not None:
-        folder = (root / Path(sweep.output_dir).expanduser()).resolve()
+        folder = (root / user_path(sweep.output_dir, "output_dir")).resolve()
         if holds_sweep(folder) and not resume:
             raise StorageError(
                 f"output_dir: {folder} already holds a sweep: go on with it by --resume, or name "

@@ -12,12 +12,13 @@ import math
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raysched.config.loading import assign, baseline_config
+from raysched.config.paths import anchored
 from raysched.config.run import BudgetConfig, RunConfig
 from raysched.errors import UserError
 from raysched.tuning.records import (
@@ -63,6 +64,7 @@ class TrialPlan:
         seeds: training seeds.
         store: the tracking store, None without tracking.
         train: trains one run.
+        root: what the data's relative paths start from; a trial works in another folder.
     """
 
     raw: Mapping[str, Any]
@@ -71,6 +73,7 @@ class TrialPlan:
     seeds: tuple[int, ...]
     store: StoreHandle | None
     train: Train
+    root: Path = field(default_factory=Path.cwd)
 
     @property
     def stop_file(self) -> Path:
@@ -95,7 +98,7 @@ class TrialPlan:
             else assign(self.raw, trial["assignments"])
         )
         budget = BudgetConfig(forward_equivalents=self.budget)
-        return changed.model_copy(
+        return anchored(changed, self.root).model_copy(
             update={
                 "name": trial_name(trial["trial_number"], baseline=trial["baseline"]),
                 "seed": seed,

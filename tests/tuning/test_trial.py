@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -116,3 +117,11 @@ def test_a_sweep_that_is_stopping_begins_no_training(tmp_path):
     plan.stop_file.touch()
     assert train_trial(CANDIDATE, plan, lambda report: None)["status"] == "stopped"
     assert not (tmp_path / "log").exists()
+
+
+def test_relative_data_paths_start_from_the_drivers_folder(tmp_path):
+    plan = dataclasses.replace(
+        make_plan(tmp_path, None), root=tmp_path / "driver", raw={"data": {"cache_dir": "cache"}}
+    )
+    config = plan.config(BASELINE, seed=0)
+    assert config.data.cache_dir == str(tmp_path / "driver" / "cache")

@@ -1,0 +1,45 @@
+"""Paths that a user wrote, with `~` for the home folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raysched.config.run import RunConfig
+from raysched.errors import ConfigError
+
+
+def user_path(text: str, key: str) -> Path:
+    """A path with its `~` or `~name` replaced.
+
+    Args:
+        text: the path as written.
+        key: the setting that names it, for the message.
+
+    Raises:
+        ConfigError: there is no such home folder (in containers, HOME is often unset).
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{key}: {text}: the home folder that ~ stands for is unknown; write the whole path, "
+            "or set HOME"
+        ) from error
+
+
+def anchored(config: RunConfig, root: Path) -> RunConfig:
+    """The run with its data's paths made absolute: workers and trials have their own folders.
+
+    Args:
+        config: the run as it was loaded.
+        root: what relative paths start from, the working directory of the command.
+    """
+    data = config.data
+    absolute = {
+        name: str(root / user_path(text, f"data.{name}"))
+        for name, text in (("path", data.path), ("cache_dir", data.cache_dir))
+        if text is not None
+    }
+    if not absolute:
+        return config
+    return config.model_copy(update={"data": data.model_copy(update=absolute)})
