@@ -20,6 +20,7 @@ from raysched.tracking.uris import redact
 
 _FIRST_RETRY_S = 0.5
 _LONGEST_RETRY_S = 15.0
+_PATIENCE_AWAY_S = 3.0
 
 
 class Courier:
@@ -35,7 +36,7 @@ class Courier:
     def __init__(self, handle: StoreHandle, *, flush_every_s: float = 2.0) -> None:
         self._handle = handle
         self._uri = redact(handle.uri)
-        self._told = handle.offline
+        self._told = self._away = handle.offline
         self._flush_every_s = flush_every_s
         self._senders: dict[Path, Sender] = {}
         self._num_told_rejected: dict[Path, int] = {}
@@ -55,6 +56,8 @@ class Courier:
         """Send what is pending, at most for `timeout_s`; tell what remains and how to send it."""
         if self._closing.is_set():
             return
+        if self._away:  # one more try: waiting longer for a store that is away helps nobody
+            timeout_s = min(timeout_s, _PATIENCE_AWAY_S)
         self._deadline = time.monotonic() + timeout_s
         self._closing.set()
         self._wake.set()
@@ -92,8 +95,10 @@ class Courier:
             try:
                 done = self._send(folder, sender) and done
             except UnreachableError as error:
+                self._away = True
                 self._tell(error, folder)
                 return False  # it is away for the others as well
+        self._away = self._away and not done
         return done
 
     def _send(self, folder: Path, sender: Sender) -> bool:

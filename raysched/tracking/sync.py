@@ -65,7 +65,7 @@ def sync(run_dir: Path, *, uri: str | None = None, timeout_s: float = 600.0) -> 
         sender = Sender(folder, _full_uri(record, uri))
         num_lines, problem = _send_until(sender, deadline)
         if problem:
-            problems.append(f"{folder}: {problem}")
+            problems.append(f"{folder}: {redact(record.uri)}: {problem}")
         num_sent += num_lines
         num_remaining += sender.spool.num_pending()
         num_rejected += sender.num_rejected

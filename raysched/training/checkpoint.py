@@ -29,6 +29,10 @@ FORMAT_VERSION = 1
 TENSOR_FILES = ("model", "ema", "optimizer")
 
 
+class NewerFormatError(StorageError):
+    """A checkpoint of a later version: whole, but not for this one to read."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a run needs to go on as if it had never stopped.
@@ -78,11 +82,16 @@ def load_latest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None
     Args:
         run_dir: the run's folder.
         warn: told about each damaged checkpoint that is passed over.
+
+    Raises:
+        NewerFormatError: the newest whole one is a later version's; nothing is passed over then.
     """
     folders = checkpoint_folders(run_dir)
     for folder in reversed(folders):
         try:
             return load_checkpoint(folder)
+        except NewerFormatError:
+            raise
         except StorageError as error:
             rest = "using the checkpoint before it" if folder != folders[0] else "none is left"
             warn(f"{error}; {rest}")
@@ -184,7 +193,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{folder}: damaged checkpoint: manifest.json: {error}") from error
     if version > FORMAT_VERSION:
-        raise StorageError(
+        raise NewerFormatError(
             f"{folder}: format {version} was written by a newer raysched; this one reads up to "
             f"{FORMAT_VERSION}: upgrade raysched"
         )

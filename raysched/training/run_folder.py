@@ -55,8 +55,9 @@ def latest_run_dir(name: str, root: Path | None = None) -> Path | None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether a folder already belongs to a run."""
-    return (run_dir / CONFIG_FILE).exists() or bool(checkpoint_folders(run_dir))
+    """Whether a folder holds a run's work; the config of a start that failed is none."""
+    begun = (run_dir / RESULT_FILE).exists() or bool(read_metrics(run_dir))
+    return begun or bool(checkpoint_folders(run_dir))
 
 
 @contextlib.contextmanager

@@ -133,6 +133,11 @@ def _text(answer: Answer, candidate: TrialRecord, comparison: Comparison, metric
             f"by {-comparison.difference:.4g} in {metric} [{-high:.4g}, {-low:.4g}] at equal "
             "compute"
         )
+    if (comparison.difference, low, high) == (0.0, 0.0, 0.0):
+        return (
+            f"no clear winner: the best candidate, {name}, made the very samples of teacher "
+            "forcing: its settings had no effect"
+        )
     side = "better" if comparison.difference >= 0 else "worse"
     shown = (low, high) if comparison.difference >= 0 else (-high, -low)
     return (

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from raysched.config.loading import write_yaml
-from raysched.errors import ConfigError, StorageError
+from raysched.errors import ConfigError, DataError, StorageError
 from raysched.training.checkpoint import checkpoint_folders, load_checkpoint
 from raysched.training.protocols import NullTracker
 from raysched.training.run_folder import open_run_folder, read_metrics
@@ -138,6 +138,24 @@ def test_a_damaged_checkpoint_costs_one_interval_and_a_warning(tmp_path, damage,
     same_end(run_loop(config, run_dir), straight)
     assert newest.name in caplog.text
     assert load_checkpoint(before).step == 10
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_and_nothing_is_passed_over(tmp_path):
+    run_loop(small_config(training__budget__steps=8), tmp_path)
+    newest = checkpoint_folders(tmp_path)[-1]
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    points = read_metrics(tmp_path)
+    with pytest.raises(StorageError, match="newer raysched"):
+        run_loop(small_config(training__budget__steps=9), tmp_path)
+    assert read_metrics(tmp_path) == points
+
+
+def test_a_start_that_failed_before_any_work_leaves_the_folder_free(tmp_path):
+    broken = small_config(data__source="image_folder", data__path=str(tmp_path / "none"))
+    with pytest.raises(DataError):
+        run_loop(broken, tmp_path / "run")
+    open_run_folder(small_config(), tmp_path / "run", resume=False)
 
 
 def test_old_checkpoints_are_rotated_and_nothing_half_written_stays(tmp_path):
