@@ -22,14 +22,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raysched.errors import StorageError
+from raysched.errors import StorageError, UserError
 from raysched.training.files import fsync_folder, storage_errors, write_json
 
 FORMAT_VERSION = 1
 TENSOR_FILES = ("model", "ema", "optimizer")
 
 
-class NewerFormatError(StorageError):
+class NewerFormatError(UserError):
     """A checkpoint of a later version: whole, but not for this one to read."""
 
 
@@ -104,7 +104,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read one checkpoint folder after checking every file against the manifest.
 
     Raises:
-        StorageError: a file is missing or damaged, or the format is newer than this version's.
+        StorageError: a file is missing or damaged.
+        NewerFormatError: the format is newer than this version's.
     """
     manifest = _read_manifest(folder)
     for name, digest in manifest["sha256"].items():

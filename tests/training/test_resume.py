@@ -16,7 +16,7 @@ import pytest
 
 from raysched.config.loading import write_yaml
 from raysched.errors import ConfigError, DataError, StorageError
-from raysched.training.checkpoint import checkpoint_folders, load_checkpoint
+from raysched.training.checkpoint import NewerFormatError, checkpoint_folders, load_checkpoint
 from raysched.training.protocols import NullTracker
 from raysched.training.run_folder import open_run_folder, read_metrics
 from raysched.training.stop import request_stop
@@ -146,7 +146,7 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_nothing_is_passed_over(t
     manifest = json.loads((newest / "manifest.json").read_text())
     (newest / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
     points = read_metrics(tmp_path)
-    with pytest.raises(StorageError, match="newer raysched"):
+    with pytest.raises(NewerFormatError, match="newer raysched"):
         run_loop(small_config(training__budget__steps=9), tmp_path)
     assert read_metrics(tmp_path) == points
 
@@ -250,7 +250,7 @@ disk = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(disk)], check=True)
 from tests.training.runs import small_config, run_loop
 from raysched.errors import StorageError
-from raysched.training.checkpoint import checkpoint_folders, load_checkpoint
+from raysched.training.checkpoint import NewerFormatError, checkpoint_folders, load_checkpoint
 config = small_config(
     training__budget__steps=9, training__checkpoint_every_steps=3, training__keep_last=9
 )
