@@ -6,15 +6,15 @@ things are measured in turn within one process, and medians of the paired ratios
   engine           planning, solver tables and rollout of one optimizer step (p = 1)
   full batches     as many sample-forwards, nothing else
   one-sample loop  one sample at a time, one forward per step; timed on a few samples and scaled
-  replayed batches full batches of the recorded forward
+  eager batches    full batches of the network called module by module
   same calls       the recorded forward alone, in calls of the engine's sizes: what max k
-                   sequential calls cost over replayed batches, however they are driven
+                   sequential calls cost over full batches, however they are driven
 
-The network of the full batches and of the one-sample loop is called as it is, module by module.
-The engine, like training, replays its recorded forward (raysched/models/tracing.py, the same bits
-without the Python between the operators). `over_replayed_full_batches` holds the engine against
-full batches that are replayed, too: what is left there is the price of max k sequential calls and
-the engine's own work.
+`over_full_batches` compares like with like: engine and full batches both replay the recorded
+forward (raysched/models/tracing.py), as training does. The one-sample loop calls the network as
+such loops do, and `one_sample_loop_over_full_batches` is measured against full batches of the
+network called likewise: what batching alone would gain. `over_eager_full_batches` holds the engine
+against those, too; it is no limit, because recording helps the engine alone.
 
 `overhead_share` is the engine's time with a network that costs nothing over its time with the
 real one; `overhead_share_of_step` divides by the whole training step instead.
@@ -56,8 +56,8 @@ RATIOS = (
     "over_full_batches",
     "one_sample_loop_over_engine",
     "one_sample_loop_over_full_batches",
-    "over_replayed_full_batches",
-    "same_calls_over_replayed_full_batches",
+    "same_calls_over_full_batches",
+    "over_eager_full_batches",
     "overhead_share",
     "overhead_share_of_step",
 )
@@ -184,11 +184,11 @@ def measure(model: str, options: argparse.Namespace, accumulation: int) -> dict[
             loop = job.one_sample_loop()
         step = seconds(job.gradient_step)
         values = (
-            engine / eager,
+            engine / limit,
             loop / engine,
             loop / eager,
-            engine / limit,
             same / limit,
+            engine / eager,
             free / engine,
             free / (engine + step),
         )

@@ -4,8 +4,8 @@ Measured in turn within one process, medians of paired ratios:
 
   step with rollouts  the training step of the demo's model with p = 1, K = 10
   parts               the same model's plain training step, and as many sample-forwards without
-                      gradient in full batches of the micro-batch's size, the network called as
-                      it is; for `step_over_replayed_parts` by its recorded forward
+                      gradient in full batches of the micro-batch's size, by the recorded forward
+                      that rollouts use; for `step_over_eager_parts` the network called as it is
 
 `planning_share` is the share of the step with rollouts that its timers find in drawing the plan,
 packing, solver tables and the solver's arithmetic, everything but the network.
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
     batch_module.draw_plan = planning.wrap(batch_module.draw_plan)
     plain.policy.eval()
     rolled.predict = network.wrap(rolled.predict)  # type: ignore[method-assign]
-    ratios, replayed, shares = [], [], []
+    ratios, over_eager, shares = [], [], []
     for step in range(options.repeats + 2):
         before = (rolled.meter.rollout, planning.seconds, network.seconds)
         whole = seconds(lambda s=step: train_step(rolled, s))
@@ -92,8 +92,8 @@ def measure(options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
             lambda n=forwards: full_batches(plain.replay or plain.policy, n, options.batch)
         )
         if step >= 2:  # the first ones warm up
-            ratios.append(whole / (parts + eager))
-            replayed.append(whole / (parts + fast))
+            ratios.append(whole / (parts + fast))
+            over_eager.append(whole / (parts + eager))
             shares.append(arithmetic / whole)
     return {
         "model": "demo_unet_8x8",
@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
         "accumulation": accumulation,
         "max_step_offset": options.max_step_offset,
         "step_over_parts": round(statistics.median(ratios), 4),
-        "step_over_replayed_parts": round(statistics.median(replayed), 4),
+        "step_over_eager_parts": round(statistics.median(over_eager), 4),
         "planning_share": round(statistics.median(shares), 4),
     }
 
