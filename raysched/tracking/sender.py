@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from raysched.tracking.client import connect, describe, is_refused
+from raysched.tracking.logged_model import log_pipeline
 from raysched.tracking.runs import make_run, set_status
 from raysched.tracking.spool import Entry, Operation, Spool
 from raysched.tracking.store import artifact_root, ensure_experiment
@@ -21,6 +22,7 @@ from raysched.tracking.store import artifact_root, ensure_experiment
 MAX_METRICS_PER_CALL = 1000
 # Shown against compute as well, under `by_fe/...` with round(FE) as step.
 EVALUATION_PREFIXES = ("quality/", "exposure/")
+FILE_OPERATIONS = ("image", "artifact", "model")
 _FILE_ATTEMPTS = 3
 
 
@@ -136,7 +138,7 @@ class Sender:
             self._file_failures = 0
         except Exception as error:
             if not is_refused(error):
-                if operation["op"] not in ("image", "artifact") or not self._store_answers():
+                if operation["op"] not in FILE_OPERATIONS or not self._store_answers():
                     raise
                 # Metrics work but files don't (no rights, no artifact proxy): don't block.
                 self._file_failures += 1
@@ -161,6 +163,9 @@ class Sender:
             else:
                 path.stat()  # a missing file is the entry's fault, not the store's
                 self._client.log_artifact(run_id, str(path), folder or None)
+        elif kind == "model":
+            pipeline = self.spool.resolve(operation["path"])
+            log_pipeline(self._client, run_id, pipeline, operation["name"])
         elif kind == "tags":
             from mlflow.entities import RunTag
 

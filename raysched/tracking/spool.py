@@ -17,6 +17,7 @@ Lines of `spool.jsonl` (`time` is milliseconds since 1970; non-finite numbers ar
     {"op": "metrics", "time": …, "step": 40, "fe": 7680.0, "values": {"train/loss": 0.5}}
     {"op": "image", "time": …, "step": 40, "key": "samples", "path": "tracking/images/….png"}
     {"op": "artifact", "path": "config.yaml", "folder": ""}
+    {"op": "model", "path": "pipeline", "name": "winner"}
     {"op": "tags", "values": {"sweep": "digits"}}
     {"op": "status", "time": …, "status": "running" | "finished" | "stopped" | "pruned" | "failed"}
 

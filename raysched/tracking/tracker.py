@@ -143,6 +143,15 @@ class MlflowTracker:
         relative = self._spool.relative(path)
         self._spool.append({"op": "artifact", "path": relative, "folder": folder})
 
+    def log_model(self, pipeline: Path, name: str) -> None:
+        """Record a pipeline folder as a model that `mlflow.pyfunc.load_model` loads.
+
+        Args:
+            pipeline: the folder; it must stay there until it is sent.
+            name: of the model within the run.
+        """
+        self._spool.append({"op": "model", "path": self._spool.relative(pipeline), "name": name})
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set the run's tags; credentials in URIs are left out."""
         if tags:
