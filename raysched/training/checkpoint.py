@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -117,29 +116,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSOR_FILES}
     return Checkpoint(step=state["step"], tensors=tensors, state=state)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter name>/<entry>` -> tensor, ready for safetensors."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{names[index]}/{entry}": torch.as_tensor(value).detach().cpu()
-        for index, entries in state.items()
-        for entry, value in entries.items()
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]
-) -> None:
-    """Put `optimizer_tensors` back; the parameter groups stay those of the config."""
-    index_of = {name: index for index, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, entry = key.rsplit("/", 1)
-        state.setdefault(index_of[name], {})[entry] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _write(root: Path, target: Path, checkpoint: Checkpoint) -> None:

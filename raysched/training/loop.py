@@ -18,15 +18,10 @@ from raysched.config.run import RunConfig
 from raysched.errors import RunFailedError
 from raysched.models.weights import weights_sha256
 from raysched.training.budget import evaluation_due, learning_rate_at, probe_due
-from raysched.training.checkpoint import (
-    Checkpoint,
-    load_latest,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from raysched.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 from raysched.training.evaluate_step import evaluate_run, probe_run, save_final
 from raysched.training.files import write_json
+from raysched.training.optimizer_state import optimizer_tensors, restore_optimizer
 from raysched.training.protocols import Report, RunStatus, Tracker
 from raysched.training.result import RESULT_FILE, RunResult
 from raysched.training.run_folder import MetricsLog

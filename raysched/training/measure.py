@@ -18,7 +18,8 @@ from raysched.diffusion.compute import GRADIENT_COST
 from raysched.diffusion.forecast import StepForecast, forecast_run
 from raysched.evaluation.evaluate import CONSISTENCY_FACTOR, CONSISTENCY_SAMPLES, evaluate
 from raysched.evaluation.sampling import num_evaluations, num_steps
-from raysched.training.checkpoint import TENSOR_FILES, optimizer_tensors
+from raysched.training.checkpoint import TENSOR_FILES
+from raysched.training.optimizer_state import optimizer_tensors
 from raysched.training.setup import Run
 from raysched.training.train_step import train_step
 
