@@ -116,7 +116,8 @@ def apply_event(records: dict[int, TrialRecord], event: dict[str, Any]) -> None:
     if kind == "started":
         record.status = "running"
     elif kind == "report":
-        record.add_point(Point(event["forward_equivalents"], _number(event["q"])))
+        metrics = event.get("metrics") or {}
+        record.add_point(Point(event["forward_equivalents"], _number(event["q"]), metrics))
         record.q_low, record.q_high = event.get("q_low"), event.get("q_high")
         record.seconds = event.get("seconds", record.seconds)
     elif kind == "pruning":
@@ -138,6 +139,7 @@ def _end(record: TrialRecord, event: dict[str, Any]) -> None:
         record.q = event["q"]
         record.q_epsilon_scaled = event.get("q_epsilon_scaled")
         record.q_low, record.q_high = event.get("q_low"), event.get("q_high")
+    record.metrics = event.get("metrics") or record.metrics
     record.forward_equivalents = event.get("forward_equivalents") or record.forward_equivalents
 
 

@@ -13,6 +13,7 @@ from raysched.tuning.journal import Journal
 from raysched.tuning.proposals import Proposals
 from raysched.tuning.records import (
     FORWARD_EQUIVALENTS,
+    METRICS,
     OBJECTIVE,
     Q_EPSILON_SCALED,
     Q_HIGH,
@@ -68,6 +69,7 @@ class Monitor(Callback):  # type: ignore[misc]
                 q_low=result.get(Q_LOW),
                 q_high=result.get(Q_HIGH),
                 forward_equivalents=result[FORWARD_EQUIVALENTS],
+                metrics=result.get(METRICS) or {},
             )
             self._show("report", record)
 
@@ -99,6 +101,7 @@ class Monitor(Callback):  # type: ignore[misc]
             q_epsilon_scaled=result.get(Q_EPSILON_SCALED),
             forward_equivalents=result.get(FORWARD_EQUIVALENTS),
             seconds=result.get("seconds"),
+            metrics=result.get(METRICS) or {},
         )
         if record.ended:
             self._proposals.tell(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,19 +16,31 @@ Answer = Literal["rollouts_pay", "no_clear_winner", "rollouts_do_not_pay"]
 
 # Names of the metrics that a trial reports.
 OBJECTIVE = "objective"
+METRICS = "metrics"
 Q = "quality/q"
 Q_LOW = "quality/q_low"
 Q_HIGH = "quality/q_high"
 Q_EPSILON_SCALED = "quality/q_epsilon_scaled"
 FORWARD_EQUIVALENTS = "compute/forward_equivalents"
+QUALITY = "quality/"
+# These have fields of their own in a record.
+OWN_FIELD = frozenset({Q, Q_LOW, Q_HIGH, Q_EPSILON_SCALED})
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation of a trial: quality at the compute spent so far."""
+    """One evaluation of a trial: quality at the compute spent so far.
+
+    Attributes:
+        forward_equivalents: compute spent, evaluation excluded.
+        q: quality, lower is better.
+        metrics: what stands beside q, by name without `quality/`: precision, recall, density,
+            coverage, class_accuracy, self_consistency, kid/nfe_5, …; empty in old journals.
+    """
 
     forward_equivalents: float
     q: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,7 +63,9 @@ class TrialRecord:
         error: why it failed, or why it was pruned, in one line.
         diverged: it failed because numbers stopped being finite.
         tracking_id: its run in the tracking store, empty without one.
-        curve: its evaluations, by compute.
+        curve: its evaluations, by compute; those of the first seed.
+        metrics: what stands beside q at the last evaluation, named as in `Point`; means over the
+            seeds once it has ended.
     """
 
     number: int
@@ -68,6 +83,7 @@ class TrialRecord:
     diverged: bool = False
     tracking_id: str = ""
     curve: list[Point] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -94,13 +110,24 @@ class TrialRecord:
         self.curve = [p for p in self.curve if p.forward_equivalents < spent] + [point]
         self.forward_equivalents = spent
         self.q = point.q
+        self.metrics = dict(point.metrics)
 
     def as_json(self) -> dict[str, Any]:
         """All fields and the name as JSON types; what is not finite becomes null."""
         out = asdict(self)
         del out["curve"], out["diverged"], out["tracking_id"]
         numbers = {key: _finite(value) for key, value in out.items() if isinstance(value, float)}
-        return {"number": self.number, "name": self.name, **out, **numbers}
+        metrics = {key: _finite(value) for key, value in self.metrics.items()}
+        return {"number": self.number, "name": self.name, **out, **numbers, "metrics": metrics}
+
+
+def further_metrics(reported: Mapping[str, Any]) -> dict[str, float]:
+    """What an evaluation reported beside q, named without `quality/`."""
+    return {
+        key.removeprefix(QUALITY): float(value)
+        for key, value in reported.items()
+        if key.startswith(QUALITY) and key not in OWN_FIELD and value is not None
+    }
 
 
 def trial_name(number: int, *, baseline: bool) -> str:

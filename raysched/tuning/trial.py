@@ -23,11 +23,13 @@ from raysched.config.run import BudgetConfig, RunConfig
 from raysched.errors import UserError
 from raysched.tuning.records import (
     FORWARD_EQUIVALENTS,
+    METRICS,
     OBJECTIVE,
     Q_EPSILON_SCALED,
     Q_HIGH,
     Q_LOW,
     Q,
+    further_metrics,
     trial_name,
 )
 
@@ -175,6 +177,7 @@ def _evaluation(metrics: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         Q_LOW: metrics.get(Q_LOW),
         Q_HIGH: metrics.get(Q_HIGH),
         FORWARD_EQUIVALENTS: float(metrics[FORWARD_EQUIVALENTS]),
+        METRICS: further_metrics(metrics),
         "run_dir": str(run_dir),
         "ended": False,
     }
@@ -185,6 +188,7 @@ def _ended(
 ) -> dict[str, Any]:
     """The last report: means over the seeds that were trained."""
     metrics = [result.metrics for result in results]
+    beside = [further_metrics(entry) for entry in metrics]
     compute = [result.compute for result in results]
     return {
         "ended": True,
@@ -197,6 +201,7 @@ def _ended(
         Q_EPSILON_SCALED: _mean(metrics, Q_EPSILON_SCALED),
         FORWARD_EQUIVALENTS: _mean(compute, "forward_equivalents"),
         "seconds": sum(entry.get("seconds", 0.0) for entry in compute),
+        METRICS: {name: _mean(beside, name) for name in (beside[0] if beside else {})},
     }
 
 

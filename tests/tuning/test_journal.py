@@ -1,4 +1,5 @@
 import json
+import math
 import os
 
 import pytest
@@ -67,6 +68,19 @@ def test_damage_in_the_middle_names_its_line(tmp_path):
     journal.path.write_text("\n".join(["{broken", *lines]) + "\n")
     with pytest.raises(StorageError, match="line 1"):
         Journal(tmp_path)
+
+
+def test_what_stands_beside_q_is_kept_by_evaluation_and_old_journals_have_none(tmp_path):
+    journal = Journal(tmp_path)
+    suggest(journal, 1)
+    journal.append("report", 1, q=0.5, forward_equivalents=10.0)
+    journal.append("report", 1, q=0.4, forward_equivalents=20.0, metrics={"recall": 0.5})
+    journal.append("ended", 1, status="finished", q=0.3, metrics={"recall": math.inf})
+    record = Journal(tmp_path).records[1]
+    assert record == journal.records[1]
+    assert [point.metrics for point in record.curve] == [{}, {"recall": 0.5}]
+    assert record.metrics == {"recall": math.inf}
+    assert json.loads(json.dumps(record.as_json(), allow_nan=False))["metrics"] == {"recall": None}
 
 
 def test_numbers_that_are_not_finite_survive_and_json_for_others_has_null(tmp_path):

@@ -68,6 +68,21 @@ def test_with_several_seeds_the_first_is_reported_and_the_end_is_their_mean(tmp_
     assert "seed-5 seed 5" in (tmp_path / "log").read_text()
 
 
+def test_what_stands_beside_q_goes_into_reports_and_the_end_has_its_mean(tmp_path):
+    from raysched.training.result import RunResult
+
+    def train(config, *, run_dir, report, **more):
+        found = {"quality/q": 0.5, "quality/q_low": 0.4, "quality/recall": 0.25 + config.seed}
+        spent = {"compute/forward_equivalents": 1000.0, "train/loss": 1.0}
+        report({**found, **spent})
+        return RunResult("finished", str(run_dir), metrics=found, compute={})
+
+    reports = []
+    end = train_trial(CANDIDATE, make_plan(tmp_path, train, seeds=(0, 1)), reports.append)
+    assert [report["metrics"] for report in reports] == [{"recall": 0.25}]
+    assert end["metrics"] == {"recall": 0.75}
+
+
 def test_a_seed_that_is_done_is_not_trained_again(tmp_path):
     plan = make_plan(tmp_path, synthetic_train(tmp_path / "log"), seeds=(1, 5))
     first = train_trial(CANDIDATE, plan, lambda report: None)
