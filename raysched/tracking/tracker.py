@@ -18,6 +18,7 @@ from raysched.tracking.courier import Courier
 from raysched.tracking.runs import clean_tags, now_ms, status_operation
 from raysched.tracking.spool import OFFLINE_PREFIX, RunRecord, Spool, encode_number
 from raysched.tracking.store import StoreHandle
+from raysched.tracking.system import SystemMeter
 from raysched.tracking.uris import redact
 from raysched.training.protocols import RunStatus
 
@@ -53,6 +54,7 @@ class MlflowTracker:
         if self._spool.load_record() is None:
             self._spool.save_record(_record_elsewhere(handle, run_id))
         self._spool.open()
+        self._system = SystemMeter(run_dir)
         self._last_steps: dict[str, int] = {}
         ended = self._replay()
         if ended:
@@ -96,7 +98,7 @@ class MlflowTracker:
         """
         values = {
             key: encode_number(float(value))
-            for key, value in metrics.items()
+            for key, value in {**metrics, **self._system.sample()}.items()
             if self._is_new(key, step)
         }
         if values:
