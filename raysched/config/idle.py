@@ -207,10 +207,40 @@ IDLE: tuple[Idle, ...] = (
         _if(lambda c: c.data.source != "image_folder", "these images have one channel"),
     ),
     Idle(
+        tuple(f"scaling.{f}" for f in ("max_failures", "hang_timeout_s", "resource_timeout_s")),
+        ("scaling.num_workers",),
+        _if(lambda c: c.scaling.num_workers == 0, "scaling.num_workers is 0: there is no Ray"),
+        quiet=True,
+    ),
+    Idle(
+        ("scaling.retry_out_of_memory",),
+        ("training.batch_size", "training.gradient_accumulation", "scaling.num_workers"),
+        _if(
+            lambda c: (
+                c.training.batch_size
+                <= c.training.gradient_accumulation * max(c.scaling.num_workers, 1)
+            ),
+            "a micro-batch is one sample already",
+        ),
+    ),
+    Idle(
         EVALUATION,
         ("evaluation.enabled",),
         _if(lambda c: not c.evaluation.enabled, "evaluation.enabled is false"),
         quiet=True,
+    ),
+    Idle(
+        ("training.keep_best",),
+        ("evaluation.enabled",),
+        _if(
+            lambda c: not c.evaluation.enabled,
+            "evaluation.enabled is false, so no checkpoint is better than another",
+        ),
+    ),
+    Idle(
+        ("training.storage_timeout_s",),
+        ("training.storage_path",),
+        _if(lambda c: c.training.storage_path is None, "training.storage_path is null"),
     ),
     Idle(
         ("tracking.uri", "tracking.experiment"),
@@ -243,6 +273,8 @@ ASKS_NOTHING = {
     ("data.path", None),
     ("data.grayscale", False),
     ("tracking.uri", None),
+    ("training.keep_best", 0),
+    ("training.storage_path", None),
     ("evaluation.guidance_scale", 1),
     ("model.label_dropout", 0),
 }

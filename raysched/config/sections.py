@@ -145,3 +145,23 @@ class ScalingConfig(Section):
     max_failures: NonNegativeInt = Field(
         2, description="Lost workers survived, each time from the last checkpoint."
     )
+    hang_timeout_s: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] | None = Field(
+        600.0,
+        description="Seconds without progress after which workers count as hung, and are started "
+        "again; longer than the metrics of an evaluation take. null: never.",
+    )
+    resource_timeout_s: NonNegativeFloat = Field(
+        60.0,
+        description="Seconds to wait for CPUs and GPUs that are busy, or that the cluster may "
+        "still add; 0: refuse at once.",
+    )
+    grace_s: PositiveFloat | None = Field(
+        25.0,
+        description="Seconds after SIGTERM in which the checkpoint must be written; then the "
+        "command ends without it. null: as long as it takes.",
+    )
+    retry_out_of_memory: bool = Field(
+        False,
+        description="After running out of memory, go on at half the micro-batch and twice the "
+        "gradient accumulation: the same global batch.",
+    )
