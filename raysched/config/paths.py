@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from raysched.config.run import RunConfig
+from raysched.config.storage_uri import is_uri
 from raysched.errors import ConfigError
 
 
@@ -28,7 +30,9 @@ def user_path(text: str, key: str) -> Path:
 
 
 def anchored(config: RunConfig, root: Path) -> RunConfig:
-    """The run with its data's paths made absolute: workers and trials have their own folders.
+    """The run with the paths of its data and of its storage made absolute.
+
+    Workers and trials have working directories of their own.
 
     Args:
         config: the run as it was loaded.
@@ -40,6 +44,9 @@ def anchored(config: RunConfig, root: Path) -> RunConfig:
         for name, text in (("path", data.path), ("cache_dir", data.cache_dir))
         if text is not None
     }
-    if not absolute:
-        return config
-    return config.model_copy(update={"data": data.model_copy(update=absolute)})
+    update: dict[str, Any] = {"data": data.model_copy(update=absolute)}
+    storage = config.training.storage_path
+    if storage is not None and not is_uri(storage):
+        path = str(root / user_path(storage, "training.storage_path"))
+        update["training"] = config.training.model_copy(update={"storage_path": path})
+    return config.model_copy(update=update)

@@ -113,6 +113,17 @@ class TrainingConfig(Section):
     )
     checkpoint_every_steps: PositiveInt = Field(200, description="Optimizer steps between saves.")
     keep_last: PositiveInt = Field(2, description="Checkpoints kept.")
+    keep_best: NonNegativeInt = Field(
+        0, description="Further checkpoints kept: those of the best evaluations (quality/q)."
+    )
+    storage_path: str | None = Field(
+        None,
+        description="Also upload checkpoints and results to this folder, or s3:// or gs:// URI; "
+        "null: keep them in output_dir only.",
+    )
+    storage_timeout_s: PositiveFloat = Field(
+        60.0, description="Longest wait for uploads when the run ends."
+    )
     log_every_steps: PositiveInt = Field(10, description="Steps between logged points.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
 
