@@ -3,11 +3,15 @@
 One forward equivalent (FE) is one sample-forward; a trained sample costs 3 (its forward, and two
 for the backward pass). Rollout and training make the budget; evaluation is counted apart.
 Counts are nominal: whatever the network's wrapper recomputes is not seen.
+
+Seconds are the host's, except for the network's work on a CUDA device: that is measured by events
+on its stream, which are read once they have passed, so that timing never waits for the device.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -19,14 +23,47 @@ from torch.utils.flop_counter import FlopCounterMode
 ComputeKind = Literal["rollout", "training", "evaluation"]
 KINDS: tuple[ComputeKind, ...] = ("rollout", "training", "evaluation")
 GRADIENT_COST = 3
+# What takes time: the three kinds, the parts of `training`, and what is no compute at all;
+# `background` is evaluation by another process, beside the training.
+Phase = Literal[
+    "rollout",
+    "training",
+    "evaluation",
+    "forward",
+    "backward",
+    "optimizer",
+    "data",
+    "checkpoint",
+    "background",
+]
+PHASES: tuple[Phase, ...] = (
+    *KINDS,
+    "forward",
+    "backward",
+    "optimizer",
+    "data",
+    "checkpoint",
+    "background",
+)
+ON_DEVICE: frozenset[Phase] = frozenset(
+    {"rollout", "training", "forward", "backward", "optimizer"}
+)
 
 
 class ComputeMeter:
-    """Sample-forwards and seconds of a run, by what they were spent on."""
+    """Sample-forwards and seconds of a run, by what they were spent on.
 
-    def __init__(self) -> None:
+    Args:
+        device: where the network works; on CUDA its phases are timed there.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         self._count: dict[ComputeKind, int] = dict.fromkeys(KINDS, 0)
-        self._seconds: dict[ComputeKind, float] = dict.fromkeys(KINDS, 0.0)
+        self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self._on_cuda = device is not None and device.type == "cuda"
+        self._events: deque[tuple[Phase, torch.cuda.Event, torch.cuda.Event]] = deque()
+        # What the ranks agreed on where a budget is in seconds: clocks differ.
+        self.agreed_seconds: float | None = None
 
     def forward(self, kind: ComputeKind, num_samples: int) -> None:
         """Count a forward without gradient of so many samples (guidance: both branches)."""
@@ -56,40 +93,66 @@ class ComputeMeter:
         """FE spent on evaluation, outside every budget."""
         return self._count["evaluation"]
 
-    def add_seconds(self, kind: ComputeKind, seconds: float) -> None:
+    def add_seconds(self, phase: Phase, seconds: float) -> None:
         """Add time that was measured elsewhere."""
-        self._seconds[kind] += seconds
+        self._seconds[phase] += seconds
 
     @contextmanager
-    def timed(self, kind: ComputeKind) -> Iterator[None]:
-        """Count the seconds of a block towards a kind."""
-        start = time.perf_counter()
+    def timed(self, phase: Phase) -> Iterator[None]:
+        """Count the seconds of a block towards a phase."""
+        if self._on_cuda and phase in ON_DEVICE:
+            start, end = _timing_event(), _timing_event()
+            start.record()
+            try:
+                yield
+            finally:
+                end.record()
+                self._events.append((phase, start, end))
+            return
+        begun = time.perf_counter()
         try:
             yield
         finally:
-            self.add_seconds(kind, time.perf_counter() - start)
+            self.add_seconds(phase, time.perf_counter() - begun)
 
-    def seconds(self, kind: ComputeKind) -> float:
-        """Seconds spent on a kind."""
-        return self._seconds[kind]
+    def _read_events(self) -> None:
+        """Take up the device's times that are known by now."""
+        while self._events and self._events[0][2].query():  # type: ignore[no-untyped-call]
+            phase, start, end = self._events.popleft()
+            self.add_seconds(phase, start.elapsed_time(end) / 1000.0)
+
+    def seconds(self, phase: Phase) -> float:
+        """Seconds spent on a phase; on CUDA without what the device still has to do."""
+        self._read_events()
+        return self._seconds[phase]
 
     def summary(self) -> dict[str, float]:
         """The numbers that a result shows."""
         numbers = {"forward_equivalents": float(self.forward_equivalents)}
         for kind in KINDS:
             numbers[kind] = float(self._count[kind])
-            numbers[f"{kind}_seconds"] = self._seconds[kind]
+            numbers[f"{kind}_seconds"] = self.seconds(kind)
         return numbers
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state for a checkpoint."""
+        if self._events:
+            self._events[-1][2].synchronize()
+        self._read_events()
         return {"count": dict(self._count), "seconds": dict(self._seconds)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
         for kind in KINDS:
             self._count[kind] = int(state["count"][kind])
-            self._seconds[kind] = float(state["seconds"][kind])
+        for phase in PHASES:
+            self._seconds[phase] = float(state["seconds"].get(phase, 0.0))
+        self._events.clear()
+
+
+def _timing_event() -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return event
 
 
 def forward_flops(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from raysched.config.run import BudgetConfig, OptimizerConfig, RunConfig
 from raysched.diffusion.compute import ComputeMeter
 
@@ -29,7 +31,17 @@ def fraction_spent(budget: BudgetConfig, step: int, meter: ComputeMeter) -> floa
 
 def training_seconds(meter: ComputeMeter) -> float:
     """Seconds of rollouts and gradient steps, evaluation and checkpoints left out."""
+    if meter.agreed_seconds is not None:
+        return meter.agreed_seconds
     return meter.seconds("rollout") + meter.seconds("training")
+
+
+def agree_on_seconds(meter: ComputeMeter, device: torch.device) -> None:
+    """Let all ranks go by rank 0's clock, so that they end after the same step; a collective."""
+    meter.agreed_seconds = None
+    seconds = torch.tensor([training_seconds(meter)], dtype=torch.float64, device=device)
+    torch.distributed.broadcast(seconds, src=0)
+    meter.agreed_seconds = float(seconds.item())
 
 
 def learning_rate_at(config: OptimizerConfig, fraction: float) -> float:

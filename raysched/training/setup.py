@@ -156,7 +156,7 @@ def build_run(config: RunConfig) -> Run:
         ema=ema,
         optimizer=prepared,
         accelerator=accelerator,
-        meter=ComputeMeter(),
+        meter=ComputeMeter(accelerator.device),
     )
     _check_wrapping(run)
     return run

@@ -75,7 +75,8 @@ def train_step(run: Run, step: int) -> StepResult:
         run: this rank's run; its weights, EMA and meter change unless the loss is not finite.
         step: number of the step, from 0.
     """
-    batch = draw_batch(run, step)
+    with run.meter.timed("data"):
+        batch = draw_batch(run, step)
     inputs = METHODS[run.config.exposure](run, batch)
     # Dropout draws from the global stream; set per step, it needs no place in a checkpoint.
     torch.manual_seed(generator(run.config.seed, "dropout", step, run.rank).initial_seed())
@@ -91,11 +92,13 @@ def train_step(run: Run, step: int) -> StepResult:
         last = number == len(micro_batches)
         sync = contextlib.nullcontext() if last else run.accelerator.no_sync(run.network)
         with sync, run.meter.timed("training"):
-            loss = sample_losses(run, inputs, rows)
-            run.accelerator.backward(loss.sum() / rows_per_rank)
+            with run.meter.timed("forward"):
+                loss = sample_losses(run, inputs, rows)
+            with run.meter.timed("backward"):
+                run.accelerator.backward(loss.sum() / rows_per_rank)
             losses.append(loss.detach())
     per_sample = torch.cat(losses)
-    with run.meter.timed("training"):
+    with run.meter.timed("training"), run.meter.timed("optimizer"):
         grad_norm = _apply_gradient(run, per_sample)
     run.meter.gradient(sum(rows_of_ranks))
     return _result(run, batch, inputs, per_sample, grad_norm)
