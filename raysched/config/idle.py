@@ -230,6 +230,15 @@ IDLE: tuple[Idle, ...] = (
         quiet=True,
     ),
     Idle(
+        ("evaluation.placement",),
+        ("scaling.num_workers",),
+        _if(
+            lambda c: c.evaluation.placement == "ranks" and c.scaling.num_workers < 2,
+            "there is only one worker",
+        ),
+        quiet=True,
+    ),
+    Idle(
         ("training.keep_best",),
         ("evaluation.enabled",),
         _if(
@@ -276,6 +285,7 @@ ASKS_NOTHING = {
     ("training.keep_best", 0),
     ("training.storage_path", None),
     ("evaluation.guidance_scale", 1),
+    ("evaluation.placement", "auto"),
     ("model.label_dropout", 0),
 }
 

@@ -66,6 +66,7 @@ __all__ = [
     "TrainingConfig",
 ]
 
+EvaluationPlacement = Literal["auto", "inline", "ranks", "background"]
 ExposureMethod = Literal[
     "none",
     "scheduled_sampling",
@@ -132,6 +133,12 @@ class EvaluationConfig(Section):
     """Sampling from the EMA weights and measuring quality against the held-out reference."""
 
     enabled: bool = Field(True, description="Evaluate during and after training.")
+    placement: EvaluationPlacement = Field(
+        "auto",
+        description="Who evaluates: inline (the first worker, the others wait), ranks (shared "
+        "among the workers, same numbers), background (another process or Ray task, on a copy of "
+        "the EMA weights, while training goes on; the last one by the workers). auto: ranks.",
+    )
     every_forward_equivalents: PositiveFloat | None = Field(
         None, description="Compute between evaluations; default: a quarter of the budget."
     )

@@ -160,6 +160,11 @@ class ScalingConfig(Section):
         description="Seconds after SIGTERM in which the checkpoint must be written; then the "
         "command ends without it. null: as long as it takes.",
     )
+    peak_tflops: PositiveFloat | None = Field(
+        None,
+        description="TFLOP/s of a worker's device at the run's precision, for model FLOPs "
+        "utilisation; default: known for common GPUs, else the utilisation is left out.",
+    )
     retry_out_of_memory: bool = Field(
         False,
         description="After running out of memory, go on at half the micro-batch and twice the "
