@@ -19,6 +19,7 @@ from torch import Tensor
 
 from raysched.config.run import QualityMetric
 from raysched.evaluation import metrics
+from raysched.evaluation.few_seeds import interval_of, seed_spread
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Difference:
         high: upper end of the interval.
         share_a_better: share of the replicates in which q_a < q_b.
         num_seeds: seeds that it rests on.
+        dof: degrees of freedom of its error; inf with a single seed, whose spread is unknown.
     """
 
     difference: float
@@ -47,6 +49,7 @@ class Difference:
     high: float
     share_a_better: float
     num_seeds: int = 1
+    dof: float = float("inf")
 
 
 def bootstrap_weights(num_replicates: int, size: int, seed: int, stream: int) -> Tensor:
@@ -234,7 +237,8 @@ def paired_difference_over_seeds(
         seed: seed of the weights.
 
     Returns:
-        The difference; with few seeds its interval is too narrow, so name their number with it.
+        The difference; from two seeds on its interval has the width of Student's t. One seed
+        tells nothing of the spread between seeds: name their number with it.
     """
     for a, b in pairs:
         if [len(x) for x in a] != [len(x) for x in b]:
@@ -250,9 +254,13 @@ def paired_difference_over_seeds(
     points = [q_value(a, reference, metric) - q_value(b, reference, metric) for a, b in pairs]
     seed_weights = bootstrap_weights(num_bootstrap, len(pairs), seed, 2) / len(pairs)
     drawn = (per_seed * seed_weights).sum(1)
-    low, high = _percentiles(drawn, confidence)
     share = float((drawn < 0).double().mean())
-    return Difference(float(np.mean(points)), low, high, share, len(pairs))
+    point = float(np.mean(points))
+    if len(pairs) == 1:
+        return Difference(point, *_percentiles(drawn, confidence), share)
+    spread = seed_spread(points, per_seed)
+    low, high = interval_of(point, spread, confidence)
+    return Difference(point, low, high, share, len(pairs), spread.dof)
 
 
 def _diverged(per_seed: Tensor) -> Difference:
