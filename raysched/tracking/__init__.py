@@ -4,10 +4,18 @@ The driver: `prepare_store`, `start_run` for the sweep and each trial, a `Courie
 trials record, `finish_run`. A trial: `MlflowTracker`. Afterwards: `ui_command`, `sync`.
 """
 
+from raysched.tracking.context import context_tags
 from raysched.tracking.courier import Courier
 from raysched.tracking.runs import start_run
 from raysched.tracking.store import StoreHandle, prepare_store, ui_command
-from raysched.tracking.sync import SyncReport, finish_run, sync
+from raysched.tracking.sync import (
+    SyncReport,
+    describe_run,
+    finish_run,
+    note,
+    recorded_run,
+    sync,
+)
 from raysched.tracking.tracker import MlflowTracker
 
 __all__ = [
@@ -15,8 +23,12 @@ __all__ = [
     "MlflowTracker",
     "StoreHandle",
     "SyncReport",
+    "context_tags",
+    "describe_run",
     "finish_run",
+    "note",
     "prepare_store",
+    "recorded_run",
     "start_run",
     "sync",
     "ui_command",

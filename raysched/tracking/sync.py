@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from filelock import Timeout
 
 from raysched.errors import ConfigError, StorageError
 from raysched.tracking.client import describe, is_locked
-from raysched.tracking.runs import status_operation
+from raysched.tracking.context import package_versions
+from raysched.tracking.runs import clean_tags, now_ms, status_operation
 from raysched.tracking.sender import Sender
 from raysched.tracking.spool import RunRecord, Spool
 from raysched.tracking.store import LOGGER, StoreHandle
 from raysched.tracking.uris import TRACKING_URI_VARIABLE, has_credentials, redact
 from raysched.training.protocols import RunStatus
 
+PACKAGES_FILE = "packages.txt"
 _RETRY_S = 0.2
 
 
@@ -99,6 +103,53 @@ def _send_until(sender: Sender, deadline: float) -> tuple[int, str]:
             time.sleep(_RETRY_S)
 
 
+def note(
+    run_dir: Path,
+    *,
+    metrics: Mapping[str, float | None] | None = None,
+    tags: Mapping[str, str] | None = None,
+    files: Sequence[Path] = (),
+    status: RunStatus | None = None,
+) -> None:
+    """Add to a run from outside, such as from the sweep's driver; a courier or `sync` sends it.
+
+    Args:
+        run_dir: the run's folder; `start_run` was called for it, and nobody else writes there.
+        metrics: final values, shown at step 0; None and what is not finite is left out.
+        tags: labels.
+        files: recorded as artifacts; they stay where they are until they are sent.
+        status: how the run ended.
+    """
+    spool = Spool(run_dir)
+    finite = {k: float(v) for k, v in (metrics or {}).items() if v is not None and isfinite(v)}
+    if finite:
+        spool.append({"op": "metrics", "time": now_ms(), "step": 0, "fe": 0.0, "values": finite})
+    if tags:
+        spool.append({"op": "tags", "values": clean_tags(tags)})
+    for path in files:
+        spool.append({"op": "artifact", "path": spool.relative(path), "folder": ""})
+    if status is not None:
+        spool.append(status_operation(status))
+    spool.sync_to_disk()
+    spool.close()
+
+
+def describe_run(run_dir: Path) -> None:
+    """Note the versions of all packages as a file of the run; once."""
+    path = Spool(run_dir).folder / PACKAGES_FILE
+    versions = package_versions()
+    if path.is_file() and path.read_text(encoding="utf-8") == versions:
+        return
+    path.write_text(versions, encoding="utf-8")
+    note(run_dir, files=[path])
+
+
+def recorded_run(run_dir: Path) -> str | None:
+    """The id of the run that `start_run` made for a folder; None if there is none."""
+    record = Spool(run_dir).load_record()
+    return None if record is None else record.public_id
+
+
 def finish_run(
     handle: StoreHandle,
     run_id: str,
@@ -122,9 +173,7 @@ def finish_run(
     spool = Spool(run_dir)
     if spool.load_record() is None:
         raise StorageError(f"{run_dir}: run {run_id} was not started here")
-    spool.append(status_operation(status))
-    spool.sync_to_disk()
-    spool.close()
+    note(run_dir, status=status)
     _, problem = _send_until(Sender(run_dir, handle.uri), time.monotonic() + timeout_s)
     remaining = spool.num_pending()
     if remaining and not handle.offline:

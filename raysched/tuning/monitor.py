@@ -29,7 +29,7 @@ class Monitor(Callback):  # type: ignore[misc]
         journal: the sweep's journal.
         proposals: told how a trial ended.
         show: called with a record after each event.
-        close_run: ends a failed trial's run in the tracking store.
+        close_run: ends a trial's run in the tracking store.
     """
 
     def __init__(
@@ -105,7 +105,5 @@ class Monitor(Callback):  # type: ignore[misc]
         )
         if record.ended:
             self._proposals.tell(record)
-        if record.status == "failed":
-            # Its own process may have died before it could say so.
             self._close_run(record)
         self._show("ended", record)

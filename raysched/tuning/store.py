@@ -1,22 +1,24 @@
-"""The sweep in the tracking store: one parent run, one child per trial."""
+"""The sweep in the tracking store: one parent run, a child per trial, below it one per seed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysched.config.space import LoadedSweep
+from raysched.training.evaluate_step import PIPELINE_FOLDER
 from raysched.training.protocols import RunStatus
+from raysched.training.result import read_result
 from raysched.training.run_folder import flatten
+from raysched.tuning.compare import run_folders
 from raysched.tuning.records import SweepResult, TrialRecord
 from raysched.tuning.trial import TrialPlan
 
 if TYPE_CHECKING:
     from raysched.tracking import Courier, StoreHandle
-
-# A store that doesn't answer must not hold up the other trials for long.
-TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class SweepStore:
         folder: the sweep's folder.
         keys: the settings that every child shows as parameters.
         courier: sends what the trials have written down.
+        context: tags that all runs share: version, commit, Ray job.
     """
 
     handle: StoreHandle
@@ -36,36 +39,75 @@ class SweepStore:
     folder: Path
     keys: tuple[str, ...]
     courier: Courier
+    context: dict[str, str]
 
     def open_run(self, record: TrialRecord, plan: TrialPlan) -> str:
-        """Make a trial's run below the sweep's; the same parameters for every trial."""
+        """Make a trial's run below the sweep's; the same parameters for every trial.
+
+        With several seeds, each has a run of its own below the trial's.
+        """
+        config = plan.config(record.as_trial(), plan.seeds[0])
+        resolved = flatten(config.model_dump(mode="json"))
+        params = {key: resolved.get(key) for key in self.keys}
+        tags = {
+            "raysched.sweep": self.folder.name,
+            "raysched.trial": record.name,
+            "raysched.baseline": str(record.baseline).lower(),
+            "raysched.exposure": config.exposure,
+            **self.context,
+        }
+        run_dir, name = Path(record.run_dir), f"{self.folder.name}/{record.name}"
+        run_id = self._start(
+            run_dir, name, self.parent, params, {"raysched.kind": "trial", **tags}
+        )
+        if len(plan.seeds) > 1:
+            for seed, folder in zip(plan.seeds, plan.run_dirs(record.as_trial()), strict=True):
+                own = {"raysched.kind": "seed", "raysched.seed": str(seed), **tags}
+                self._start(folder, f"{name}/seed-{seed}", run_id, {**params, "seed": seed}, own)
+        return run_id
+
+    def _start(
+        self, run_dir: Path, name: str, parent: str, params: dict[str, Any], tags: dict[str, str]
+    ) -> str:
         from raysched.tracking import start_run
 
-        resolved = flatten(plan.config(record.as_trial(), plan.seeds[0]).model_dump(mode="json"))
-        run_dir = Path(record.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         run_id = start_run(
-            self.handle,
-            f"{self.folder.name}/{record.name}",
-            run_dir=run_dir,
-            parent_run_id=self.parent,
-            params={key: resolved.get(key) for key in self.keys},
-            tags={
-                "raysched.kind": "trial",
-                "raysched.sweep": self.folder.name,
-                "raysched.trial": record.name,
-                "raysched.baseline": str(record.baseline).lower(),
-            },
+            self.handle, name, run_dir=run_dir, parent_run_id=parent, params=params, tags=tags
         )
         self.courier.watch(run_dir)
         return run_id
 
     def close_run(self, record: TrialRecord) -> None:
-        """End the run of a trial that failed."""
-        from raysched.tracking import finish_run
+        """Record a trial's final objectives, and its end where its process could not."""
+        from raysched.tracking import note
 
+        assert record.status in ("finished", "pruned", "failed"), record.status
         run_dir = Path(record.run_dir)
-        finish_run(self.handle, record.tracking_id, "failed", run_dir=run_dir, timeout_s=TIMEOUT_S)
+        seeds = sorted(run_dir.glob("seed-*/tracking"))
+        failed = record.status == "failed"
+        note(
+            run_dir,
+            metrics=final_metrics(record),
+            tags={"raysched.reason": record.error} if record.error else None,
+            status=record.status if seeds or failed else None,
+        )
+        for folder in seeds:
+            if read_result(folder.parent) is None:
+                note(folder.parent, status="failed" if failed else "stopped")
+
+    def mark_trials(self, result: SweepResult) -> None:
+        """Tag every trial with its place in the sweep: winner, member of the Pareto front."""
+        from raysched.tracking import note
+
+        front = pareto_front(result.trials)
+        for record in result.trials:
+            if record.tracking_id:
+                tags = {
+                    "raysched.pareto": str(record.number in front).lower(),
+                    "raysched.winner": str(record is result.winner).lower(),
+                }
+                note(Path(record.run_dir), tags=tags)
 
     def finish(self, result: SweepResult) -> None:
         """Record the verdict and the report's files, and end the sweep's run."""
@@ -78,6 +120,11 @@ class SweepStore:
             )
         if result.winner is not None:
             tracker.set_tags({"winner": result.winner.name})
+            pipeline = run_folders(result.winner)[0] / PIPELINE_FOLDER
+            if pipeline.is_dir():
+                tracker.log_model(pipeline, "winner")
+        if result.status != "stopped":
+            self.mark_trials(result)
         for path in map(Path, result.files.values()):
             if path.is_file() and path.is_relative_to(self.folder):
                 folder = "" if path.parent == self.folder else path.parent.name
@@ -102,9 +149,10 @@ def open_store(loaded: LoadedSweep, folder: Path, *, budget: float) -> SweepStor
     base, sweep = loaded.base.config, loaded.sweep
     if not base.tracking.enabled:
         return None
-    from raysched.tracking import Courier, prepare_store, start_run
+    from raysched.tracking import Courier, context_tags, describe_run, prepare_store, start_run
 
     handle = prepare_store(base.tracking, Path.cwd())
+    context = context_tags(Path.cwd())
     params: dict[str, Any] = {
         "algorithm": sweep.search.algorithm,
         "num_samples": sweep.search.num_samples,
@@ -116,10 +164,40 @@ def open_store(loaded: LoadedSweep, folder: Path, *, budget: float) -> SweepStor
         folder.name,
         run_dir=folder,
         params=params,
-        tags={"raysched.kind": "sweep", "raysched.sweep": folder.name},
+        tags={"raysched.kind": "sweep", "raysched.sweep": folder.name, **context},
     )
+    describe_run(folder)
     courier = Courier(handle)
     # A sweep that was killed may have left points of its trials behind.
     for record in sorted(folder.rglob("tracking/run.json")):
         courier.watch(record.parent.parent)
-    return SweepStore(handle, parent, folder, tuple(sweep.space), courier)
+    return SweepStore(handle, parent, folder, tuple(sweep.space), courier, context)
+
+
+def final_metrics(record: TrialRecord) -> dict[str, float | None]:
+    """A trial's end under names that are the same for every trial and sweep."""
+    return {
+        "objective/q": record.q,
+        "objective/q_low": record.q_low,
+        "objective/q_high": record.q_high,
+        "objective/q_epsilon_scaled": record.q_epsilon_scaled,
+        "objective/forward_equivalents": record.forward_equivalents,
+        "objective/seconds": record.seconds,
+    }
+
+
+def pareto_front(trials: Sequence[TrialRecord]) -> set[int]:
+    """Numbers of the trials that no other one beats in both quality and compute."""
+    points = [
+        (t.forward_equivalents, t.q, t.number)
+        for t in trials
+        if t.status in ("finished", "pruned") and t.q is not None and isfinite(t.q)
+    ]
+    return {
+        number
+        for spent, q, number in points
+        if not any(
+            other <= spent and better <= q and (other, better) != (spent, q)
+            for other, better, _ in points
+        )
+    }

@@ -162,13 +162,20 @@ def _train_seed(
         if report is not None and Q in metrics:
             report(_evaluation(metrics, run_dir))
 
-    tracked = plan.store is not None and report is not None
     return plan.train(
         plan.config(trial, seed),
         run_dir=run_dir,
         report=relay,
-        tracking=(plan.store, trial["tracking_id"]) if tracked and plan.store else None,
+        tracking=(plan.store, _tracked_run(trial, plan, run_dir)) if plan.store else None,
     )
+
+
+def _tracked_run(trial: Mapping[str, Any], plan: TrialPlan, run_dir: Path) -> str:
+    """The seed's run in the store: the trial's own, or the one below it that the driver made."""
+    from raysched.tracking import recorded_run
+
+    single = len(plan.seeds) == 1
+    return str(trial["tracking_id"] if single else recorded_run(run_dir) or trial["tracking_id"])
 
 
 def _evaluation(metrics: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
