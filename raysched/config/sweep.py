@@ -13,6 +13,9 @@ from pydantic import Field
 from raysched.config.run import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Dimension(Section):
     """One searched setting; exactly one of the five kinds is given.
 
@@ -64,11 +67,39 @@ class EarlyStoppingConfig(Section):
     )
 
 
-class ObjectiveConfig(Section):
-    """What a trial is judged by (definitions: README, how it counts)."""
+Component = Literal[
+    "quality",
+    "forward_equivalents",
+    "nfe",
+    "adherence",
+    "diversity",
+    "fidelity",
+    "self_consistency",
+]
 
-    name: Literal["quality_at_budget"] = Field(
-        "quality_at_budget", description="q at the first evaluation with FE >= F."
+
+class ObjectiveConfig(Section):
+    """What a trial is judged by (definitions: README, how it counts): one number, or several."""
+
+    name: Literal["quality_at_budget", "area", "cost_to_target", "gain_over_baseline"] = Field(
+        "quality_at_budget",
+        description="quality_at_budget: q at the first evaluation with FE >= F; area: the best q "
+        "so far, averaged over ln(FE); cost_to_target: FE at which q first reaches the target; "
+        "gain_over_baseline: q of the baseline minus q, by seed.",
+    )
+    several: Annotated[tuple[Component, ...], Field(strict=False, max_length=5)] = Field(
+        (),
+        description="Two to five objectives at once (a Pareto search) in place of name. "
+        "forward_equivalents and nfe: compute, and network evaluations per sample, until the "
+        "target is reached.",
+    )
+    target: FiniteFloat | None = Field(
+        None, description="q to be reached: of cost_to_target, forward_equivalents and nfe."
+    )
+    reference: dict[str, FiniteFloat] = Field(
+        default_factory=dict,
+        description="Corner from which the hypervolume is measured, one bound per objective; "
+        "default: a tenth of the range beyond the worst trials.",
     )
 
 

@@ -64,6 +64,7 @@ class TrialRecord:
         diverged: it failed because numbers stopped being finite.
         tracking_id: its run in the tracking store, empty without one.
         curve: its evaluations, by compute; those of the first seed.
+        further_curves: the evaluations of the other seeds, once it has ended.
         metrics: what stands beside q at the last evaluation, named as in `Point`; means over the
             seeds once it has ended.
     """
@@ -83,6 +84,7 @@ class TrialRecord:
     diverged: bool = False
     tracking_id: str = ""
     curve: list[Point] = field(default_factory=list)
+    further_curves: list[list[Point]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -115,7 +117,7 @@ class TrialRecord:
     def as_json(self) -> dict[str, Any]:
         """All fields and the name as JSON types; what is not finite becomes null."""
         out = asdict(self)
-        del out["curve"], out["diverged"], out["tracking_id"]
+        del out["curve"], out["further_curves"], out["diverged"], out["tracking_id"]
         numbers = {key: _finite(value) for key, value in out.items() if isinstance(value, float)}
         metrics = {key: _finite(value) for key, value in self.metrics.items()}
         return {"number": self.number, "name": self.name, **out, **numbers, "metrics": metrics}
