@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from raysched.config.run import RunConfig
-from raysched.errors import RunFailedError
+from raysched.errors import RunFailedError, UserError
 from raysched.models.weights import weights_sha256
 from raysched.training.budget import evaluation_due, learning_rate_at, probe_due
-from raysched.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 from raysched.training.evaluate_step import evaluate_run, probe_run, save_final
 from raysched.training.files import write_json
-from raysched.training.optimizer_state import optimizer_tensors, restore_optimizer
+from raysched.training.keeper import Keeper
 from raysched.training.protocols import Report, RunStatus, Tracker
 from raysched.training.result import RESULT_FILE, RunResult
 from raysched.training.run_folder import MetricsLog
@@ -87,6 +86,9 @@ def train_loop(config: RunConfig, *, run_dir: Path, report: Report, tracker: Tra
         return loop.finish(loop.until_end(), None)
     except RunFailedError as failure:
         return loop.finish("failed", str(failure))
+    except UserError:
+        loop.keeper.close()
+        raise
 
 
 class Loop:
@@ -96,7 +98,7 @@ class Loop:
         self.run, self.run_dir, self.report, self.tracker = run, run_dir, report, tracker
         self.progress = Progress()
         self.stop = StopWatch(run_dir)
-        self.saved_step = -1
+        self.keeper = Keeper(run, run_dir)
         self._started = time.monotonic()
 
     @property
@@ -111,18 +113,9 @@ class Loop:
 
     def restore(self) -> None:
         """Go on from the newest complete checkpoint, if there is one."""
-        checkpoint = load_latest(self.run_dir, log.warning)
+        checkpoint = self.keeper.restore()
         if checkpoint is not None:
-            run, state = self.run, checkpoint.state
-            run.policy.load_state_dict(checkpoint.tensors["model"])
-            run.ema.load_state_dict(checkpoint.tensors["ema"])
-            restore_optimizer(run.optimizer, run.parameter_names, checkpoint.tensors["optimizer"])
-            run.meter.load_state_dict(state["meter"])
-            scaler = getattr(run.accelerator, "scaler", None)
-            if scaler is not None and state["scaler"]:
-                scaler.load_state_dict(state["scaler"])
-            run.step = self.saved_step = checkpoint.step
-            self.progress = Progress(**state["progress"])
+            self.progress = Progress(**checkpoint.state["progress"])
         if self.is_main:
             self.points = MetricsLog(self.run_dir, last_step=self.run.step)
 
@@ -138,6 +131,7 @@ class Loop:
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate_at(run.config.optimizer, before[0])
             self._take(train_step(run, run.step))
+            self.keeper.check()
             after = (run.fraction, run.meter.forward_equivalents)
             if run.step % training.log_every_steps == 0 or after[0] >= 1.0:
                 self._log(self.progress.flush())
@@ -152,30 +146,11 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one already."""
-        run = self.run
-        if not self.is_main or self.saved_step == run.step:
-            return
-        scaler = getattr(run.accelerator, "scaler", None)
-        progress = {**vars(self.progress), "seconds": self.seconds}
-        checkpoint = Checkpoint(
-            step=run.step,
-            tensors={
-                "model": dict(run.policy.state_dict()),
-                "ema": run.ema.state_dict(),
-                "optimizer": optimizer_tensors(run.optimizer.optimizer, run.parameter_names),
-            },
-            state={
-                "meter": run.meter.state_dict(),
-                "progress": progress,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "config": run.config.model_dump(mode="json"),
-            },
-        )
-        save_checkpoint(self.run_dir, checkpoint, keep_last=run.config.training.keep_last)
-        self.saved_step = run.step
+        self.keeper.save({**vars(self.progress), "seconds": self.seconds})
 
     def finish(self, status: RunStatus, error: str | None) -> RunResult:
         """Write what a finished run leaves behind, close the tracker, and sum up."""
+        self.keeper.on_disk(failed=status == "failed")
         if status == "finished" and self.is_main:
             save_final(self.run, self.run_dir)
         result = RunResult(
@@ -189,11 +164,12 @@ class Loop:
         if self.is_main:
             write_json(self.run_dir / RESULT_FILE, result.as_json())
             self.tracker.close(status)
-        return result
+        return replace(result, notes=[*result.notes, *self.keeper.close()])
 
     def _take(self, result: StepResult) -> None:
         if result.failed:
-            folder = f"step-{self.saved_step:08d}" if self.saved_step >= 0 else "none yet"
+            saved = self.keeper.saved_step
+            folder = f"step-{saved:08d}" if saved >= 0 else "none yet"
             raise RunFailedError(
                 f"{self.run_dir}: step {self.run.step + 1}: {result.describe_failure()}; the last "
                 f"good checkpoint is kept ({folder}). Lower optimizer.learning_rate, set "

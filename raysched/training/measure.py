@@ -16,9 +16,10 @@ from torch import Tensor
 from raysched.config.run import RunConfig
 from raysched.diffusion.compute import GRADIENT_COST
 from raysched.diffusion.forecast import StepForecast, forecast_run
-from raysched.evaluation.evaluate import CONSISTENCY_FACTOR, CONSISTENCY_SAMPLES, evaluate
+from raysched.evaluation.evaluate import evaluate
+from raysched.evaluation.samples import CONSISTENCY_FACTOR, CONSISTENCY_SAMPLES
 from raysched.evaluation.sampling import num_evaluations, num_steps
-from raysched.training.checkpoint import TENSOR_FILES
+from raysched.models.checkpoint_files import GROUPS
 from raysched.training.optimizer_state import optimizer_tensors
 from raysched.training.setup import Run
 from raysched.training.train_step import train_step
@@ -129,7 +130,7 @@ def checkpoint_bytes(run: Run) -> int:
     state = {"config": run.config.model_dump(mode="json"), "meter": run.meter.state_dict()}
     # Metrics of the last evaluation and the step in state.json, four digests in manifest.json.
     small = len(json.dumps(state, indent=1)) + 4096
-    return small + sum(safetensors_bytes(parts[name]) for name in TENSOR_FILES)
+    return small + sum(safetensors_bytes(parts[name]) for name in GROUPS)
 
 
 def safetensors_bytes(tensors: dict[str, Tensor]) -> int:

@@ -21,6 +21,8 @@ from raysched.training.result import RESULT_FILE
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 DRIVER_LOCK, WRITER_LOCK = ".lock", ".writer.lock"
+# Written by the tracker, whose business it is; checkpoints carry it to other machines.
+TRACKING_RECORD = "tracking/run.json"
 # A resumed run may differ in these: they don't change what has been computed so far.
 FREE_ON_RESUME = (
     "name",
@@ -105,7 +107,7 @@ def open_run_folder(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
                 f"training.output_dir: {run_dir} already holds a run: go on with it by --resume, "
                 "or name another folder"
             )
-        _check_same_run(config, run_dir)
+        check_same_run(config, run_dir)
     check_writable(run_dir)
     # Its result is about to be outdated; a reader must not take it for this run's.
     (run_dir / RESULT_FILE).unlink(missing_ok=True)
@@ -118,12 +120,44 @@ def read_config(run_dir: Path) -> RunConfig:
     return load(run_dir / CONFIG_FILE).config
 
 
-def _check_same_run(config: RunConfig, run_dir: Path) -> None:
-    if not (run_dir / CONFIG_FILE).exists():
+def check_same_run(config: RunConfig, run_dir: Path) -> None:
+    """Compare a config with that of the run in a folder.
+
+    Raises:
+        ConfigError: a key differs that a resumed run keeps; every one is named.
+    """
+    if (run_dir / CONFIG_FILE).exists():
+        _compare(read_config(run_dir), config, str(run_dir))
+
+
+def check_same_config(made_with: Mapping[str, Any] | None, config: RunConfig, where: str) -> None:
+    """Compare a config with the one that a checkpoint holds, which may come from elsewhere.
+
+    Args:
+        made_with: what the checkpoint holds.
+        config: what the run is now.
+        where: the checkpoint's folder.
+
+    Raises:
+        ConfigError: a key differs that a resumed run keeps; every one is named.
+    """
+    if made_with is None:
         return
-    old, new = (flatten(dump(c)) for c in (read_config(run_dir), config))
+    try:
+        old = RunConfig.model_validate(made_with)
+    except ValueError as error:
+        first = str(error).splitlines()
+        raise ConfigError(
+            f"{where}: it was made with a config that this raysched doesn't know: "
+            f"{' '.join(first[1:3]) or first[0]}"
+        ) from error
+    _compare(old, config, where)
+
+
+def _compare(made_with: RunConfig, config: RunConfig, where: str) -> None:
+    old, new = (flatten(dump(c)) for c in (made_with, config))
     differing = [
-        f"{run_dir}: {key}: the run there was made with {old.get(key)!r}, now {new.get(key)!r}: "
+        f"{where}: {key}: the run there was made with {old.get(key)!r}, now {new.get(key)!r}: "
         "a resumed run keeps its settings (use another training.output_dir for a new run)"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME)

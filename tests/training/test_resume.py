@@ -16,7 +16,8 @@ import pytest
 
 from raysched.config.loading import write_yaml
 from raysched.errors import ConfigError, DataError, StorageError
-from raysched.training.checkpoint import NewerFormatError, checkpoint_folders, load_checkpoint
+from raysched.models.checkpoint_files import NewerFormatError
+from raysched.training.checkpoint import checkpoint_folders, load_checkpoint
 from raysched.training.protocols import NullTracker
 from raysched.training.run_folder import open_run_folder, read_metrics
 from raysched.training.stop import request_stop
@@ -250,7 +251,8 @@ disk = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(disk)], check=True)
 from tests.training.runs import small_config, run_loop
 from raysched.errors import StorageError
-from raysched.training.checkpoint import NewerFormatError, checkpoint_folders, load_checkpoint
+from raysched.models.checkpoint_files import NewerFormatError
+from raysched.training.checkpoint import checkpoint_folders, load_checkpoint
 config = small_config(
     training__budget__steps=9, training__checkpoint_every_steps=3, training__keep_last=9
 )
