@@ -12,6 +12,7 @@ from raysched.config.paths import anchored, user_path
 from raysched.config.run import RunConfig
 from raysched.distributed.launch import run_training
 from raysched.signals import STOP
+from raysched.training.fetch import check_storage, prepare_storage, stored_run_name
 from raysched.training.protocols import Tracker
 from raysched.training.result import RunResult, read_result
 from raysched.training.run_folder import (
@@ -54,19 +55,26 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
     def on_signal(name: str) -> None:
         request_stop(run_dir, "stopped", name)
 
+    check_storage(config)
+
     with own_run_folder(run_dir), contextlib.ExitStack() as at_end:
+        say = functools.partial(console.print, soft_wrap=True, highlight=False)
+        prepare_storage(config, run_dir, resume=resume, say=say)
         open_run_folder(config, run_dir, resume=resume)
         clear_stop(run_dir)
         console.print(f"run folder: {run_dir}", soft_wrap=True)
         STOP.register(on_signal)
         at_end.callback(STOP.unregister, on_signal)
         with _tracking(config, run_dir, console) as make_tracker:
-            return run_training(
+            result = run_training(
                 config,
                 run_dir=run_dir,
                 report=functools.partial(_print_evaluation, console),
                 make_tracker=make_tracker,
             )
+    for note in result.notes:
+        console.print(f"warning: {note}", soft_wrap=True, highlight=False)
+    return result
 
 
 def choose_run_dir(config: RunConfig, *, resume: bool) -> Path:
@@ -74,6 +82,8 @@ def choose_run_dir(config: RunConfig, *, resume: bool) -> Path:
     if config.training.output_dir is not None:
         return user_path(config.training.output_dir, "training.output_dir").absolute()
     latest = latest_run_dir(config.name) if resume else None
+    if resume and latest is None and (stored := stored_run_name(config)) is not None:
+        return Path.cwd() / "runs" / stored
     return latest or default_run_dir(config.name)
 
 
