@@ -109,3 +109,27 @@ def probe(
         return Outcome(result.as_json(), result.as_text())
 
     return work
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or a checkpoint's.")
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="The pipeline's folder; default: in the run's folder.")
+    ] = None,
+    weights: Annotated[
+        Literal["ema", "online"], typer.Option(help="Averaged or last weights.")
+    ] = "ema",
+    as_json: Json = False,
+) -> Work:
+    """Save a checkpoint, also one of several ranks, as a diffusers pipeline."""
+
+    def work() -> Outcome:
+        from raysched.evaluation.export_run import export_run
+
+        result = export_run(source, out, weights)
+        warn(list(result.notes))
+        return Outcome(result.as_json(), f"pipeline: {result.folder}")
+
+    return work

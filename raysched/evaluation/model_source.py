@@ -14,14 +14,15 @@ from raysched.config.run import NoiseScheduleConfig, PredictionType, RunConfig
 from raysched.data.dataset import load_dataset
 from raysched.diffusion.schedules import NoiseSchedule
 from raysched.errors import StorageError, UserError
+from raysched.models.checkpoint_files import MANIFEST_FILE, read_verified_group
 from raysched.models.ema import NUM_SAMPLES_KEY
 from raysched.models.export import load_network
 from raysched.models.networks import Denoiser, build_network
-from raysched.models.weights import load_weights
+from raysched.models.pickles import refuse_pickle, refuse_pickled_folder
 
 Weights = Literal["ema", "online"]
-WEIGHT_FILES: dict[Weights, str] = {"ema": "ema.safetensors", "online": "model.safetensors"}
-CONFIG_FILE, PIPELINE_INDEX, MANIFEST = "config.yaml", "model_index.json", "manifest.json"
+GROUP_OF: dict[Weights, str] = {"ema": "ema", "online": "model"}
+CONFIG_FILE, PIPELINE_INDEX = "config.yaml", "model_index.json"
 BETA_KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 
 
@@ -38,6 +39,7 @@ class ModelSource:
         loaded_from: the folder of the weights.
         home: the folder of the run, or of the pipeline, where pictures go.
         notes: what the user should know, e.g. a damaged checkpoint that was passed over.
+        config: of the run that the weights come from; None of a saved pipeline.
     """
 
     network: Denoiser
@@ -48,6 +50,7 @@ class ModelSource:
     loaded_from: Path
     home: Path
     notes: tuple[str, ...] = ()
+    config: RunConfig | None = None
 
 
 def load_model(path: Path, weights: Weights = "ema") -> ModelSource:
@@ -62,7 +65,10 @@ def load_model(path: Path, weights: Weights = "ema") -> ModelSource:
 
     Raises:
         UserError: the path holds nothing of the kind, or nothing that can be read.
+        PickleError: it is a pickle, or a folder of pickles.
     """
+    if path.is_file():
+        refuse_pickle(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "doesn't exist"
         raise UserError(
@@ -73,11 +79,12 @@ def load_model(path: Path, weights: Weights = "ema") -> ModelSource:
         return _from_pipeline(path, weights, home=path)
     if (path / CONFIG_FILE).is_file():
         return _from_run(path, weights)
-    if any((path / name).is_file() for name in WEIGHT_FILES.values()):
+    if any(any(path.glob(f"{group}*.safetensors")) for group in GROUP_OF.values()):
         return _from_checkpoint(path.resolve(), path.resolve().parent.parent, weights)
+    refuse_pickled_folder(path)
     raise UserError(
         f"{path}: holds no run (no {CONFIG_FILE}), no checkpoint (no "
-        f"{WEIGHT_FILES[weights]}) and no pipeline (no {PIPELINE_INDEX})"
+        f"{GROUP_OF[weights]}.safetensors) and no pipeline (no {PIPELINE_INDEX})"
     )
 
 
@@ -102,14 +109,15 @@ def _from_run(run_dir: Path, weights: Weights) -> ModelSource:
 def _from_checkpoint(
     folder: Path, run_dir: Path, weights: Weights, notes: list[str] | None = None
 ) -> ModelSource:
-    if not (folder / MANIFEST).is_file():
-        raise StorageError(f"{folder}: half-written checkpoint: {MANIFEST} is missing")
+    if not (folder / MANIFEST_FILE).is_file():
+        refuse_pickled_folder(folder)
+        raise StorageError(f"{folder}: half-written checkpoint: {MANIFEST_FILE} is missing")
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError(
             f"{folder}: the checkpoint's run is gone: {run_dir / CONFIG_FILE} is missing; put "
             "the checkpoint back to RUN/checkpoints, or sample from the run's pipeline folder"
         )
-    state = load_weights(folder / WEIGHT_FILES[weights])
+    state = read_verified_group(folder, GROUP_OF[weights])
     config = load(run_dir / CONFIG_FILE).config
     dataset = load_dataset(config.data)
     network = build_network(
@@ -132,6 +140,7 @@ def _from_checkpoint(
         loaded_from=folder,
         home=run_dir,
         notes=tuple(notes or ()),
+        config=config,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from raysched.config.run import NoiseScheduleConfig, RunConfig
 from raysched.errors import ConfigError, StorageError
 from raysched.models.networks import Denoiser, wrap_backbone
+from raysched.models.pickles import refuse_pickled_folder
 
 # The network gets 1000 t on a flow path, whatever T is.
 FLOW_TIME_SCALE = 1000
@@ -122,6 +123,7 @@ def load_network(folder: Path) -> Denoiser:
 
     Raises:
         StorageError: the folder holds no pipeline, or a damaged one.
+        PickleError: its weights are pickles.
     """
     index = folder / "model_index.json"
     try:
@@ -138,7 +140,9 @@ def _load_backbone(folder: Path, described: dict[str, Any]) -> Any:
     if described.get("unet", [None])[0] is not None:
         from diffusers.models.unets.unet_2d import UNet2DModel
 
-        return UNet2DModel.from_pretrained(str(folder / "unet"))
+        refuse_pickled_folder(folder / "unet")
+        return UNet2DModel.from_pretrained(str(folder / "unet"), use_safetensors=True)
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    return DiTTransformer2DModel.from_pretrained(str(folder / "transformer"))
+    refuse_pickled_folder(folder / "transformer")
+    return DiTTransformer2DModel.from_pretrained(str(folder / "transformer"), use_safetensors=True)

@@ -47,13 +47,16 @@ def refuse_pickle(path: Path) -> None:
 
 
 def refuse_pickled_folder(folder: Path) -> None:
-    """Refuse a folder that should hold a model, but holds pickles and no safetensors.
+    """Refuse a folder that should hold a model, but holds pickles, under whatever name.
+
+    Pickles that lie beside good safetensors are nobody's business: they are never read.
 
     Raises:
         PickleError: names the first of them.
     """
-    if any(folder.glob("*.safetensors")):
-        return
-    for path in sorted(folder.iterdir()):
+    readable = sorted(folder.glob("*.safetensors"))
+    for path in readable:
+        refuse_pickle(path)
+    for path in [] if readable else sorted(folder.iterdir()):
         if path.is_file() and path.suffix.lower() in SUFFIXES:
             refuse_pickle(path)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raysched.errors import StorageError
+from raysched.models.tensor_files import read_tensors
 
 
 def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
@@ -58,12 +59,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file onto the CPU.
 
     Raises:
+        PickleError: it is a pickle, whatever its name.
         StorageError: the file is missing, cut short or not safetensors.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path}: can't read the weights: {error}") from error
+    return read_tensors(path)

@@ -18,6 +18,7 @@ from raysched.report.probe_report import ProbeReport, probe_runs
 from raysched.tracking import prepare_store, start_run
 from raysched.tracking.spool import Spool
 from tests.evaluation.test_sample_run import tiny_config, tiny_network, write_checkpoint
+from tests.models.manifests import write_manifest
 
 FAST = ProbeSettings(
     num_samples=16, num_pairs=8, num_steps=4, max_offset=2, nfe=(1, 2), num_bootstrap=20
@@ -111,6 +112,7 @@ def test_what_cannot_be_probed_is_told_in_one_message(runs, tmp_path: Path):
     weights = broken / "checkpoints" / "step-00000010" / "ema.safetensors"
     state = load_weights(weights)
     save_weights(weights, {name: value * float("nan") for name, value in state.items()})
+    write_manifest(weights.parent)
     with pytest.raises(RunFailedError, match=r"step-00000010: .*not finite"):
         probe_runs([broken], settings=FAST)
 

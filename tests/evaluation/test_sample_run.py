@@ -18,6 +18,7 @@ from raysched.models.ema import EMA
 from raysched.models.export import save_pipeline
 from raysched.models.networks import build_network
 from raysched.models.weights import save_weights
+from tests.models.manifests import write_manifest
 
 
 def tiny_config(folder: Path, **changes) -> RunConfig:
@@ -39,7 +40,7 @@ def write_checkpoint(run_dir: Path, config: RunConfig, step: int, seed: int) -> 
     network = tiny_network(config, seed)
     save_weights(folder / "model.safetensors", network.state_dict())
     save_weights(folder / "ema.safetensors", EMA(tiny_network(config, seed + 1), 10).state_dict())
-    (folder / "manifest.json").write_text("{}")
+    write_manifest(folder)
     return folder
 
 
@@ -177,5 +178,6 @@ def test_a_diverged_checkpoint_is_reported_instead_of_drawn(run_dir: Path):
         k: torch.full_like(v, torch.nan) for k, v in tiny_network(config).state_dict().items()
     }
     save_weights(folder / "ema.safetensors", weights)
+    write_manifest(folder)
     with pytest.raises(RunFailedError, match="not finite"):
         sample_run(folder, num_images=2, nfe=1)
