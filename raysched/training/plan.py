@@ -45,7 +45,7 @@ class Plan:
         seconds: the same part of the run in time.
         peak_memory_bytes: most memory in use while steps and an evaluation were measured; with
             several workers, of one of them.
-        disk_bytes: the checkpoints kept at the end.
+        disk_bytes: the checkpoints kept at the end, at most.
         steps: optimizer steps.
         rollout: FE of the rollouts, clean predictions included.
         training: FE of the gradient steps.
@@ -110,7 +110,7 @@ def plan_run(config: RunConfig) -> Plan:
         forward_equivalents=forecast.forward_equivalents,
         seconds=seconds,
         peak_memory_bytes=memory,
-        disk_bytes=min(saves, config.training.keep_last) * checkpoint,
+        disk_bytes=min(saves, _num_kept(config, count)) * checkpoint,
         steps=forecast.steps,
         rollout=forecast.rollout,
         training=forecast.training,
@@ -176,6 +176,11 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "checkpoints kept", f"{plan.disk_bytes / 2**20:,.1f} MiB"
 
 
+def _num_kept(config: RunConfig, num_evaluations: int) -> int:
+    """Checkpoints that stay at most: the best ones may be among the last."""
+    return config.training.keep_last + min(config.training.keep_best, num_evaluations)
+
+
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
@@ -200,6 +205,8 @@ def _notes(config: RunConfig, device: torch.device) -> tuple[str, ...]:
         )
     if config.scaling.use_gpu and device.type != "cuda":
         notes.append("The workers will have GPUs, and this machine has none: time is the CPU's.")
+    if config.training.storage_path is not None:
+        notes.append("As much as the checkpoints kept is uploaded to training.storage_path.")
     return tuple(notes)
 
 

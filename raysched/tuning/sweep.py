@@ -10,13 +10,16 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
 
 from raysched.config.loading import write_yaml
+from raysched.config.paths import anchored
 from raysched.config.run import RunConfig
 from raysched.config.space import LoadedSweep
+from raysched.training.fetch import check_storage
 from raysched.training.files import storage_errors, write_json
 from raysched.tuning.compare import compare_with_baseline, metric_name
 from raysched.tuning.folder import open_sweep_folder, sweep_folder
@@ -73,6 +76,7 @@ def run_sweep(
         ConfigError: a resumed sweep was asked something else, or trials don't fit the cluster.
     """
     sweep, base = loaded.sweep, loaded.base.config
+    check_storage(anchored(base, Path.cwd()))
     folder = sweep_folder(sweep, resume=resume)
     with open_sweep_folder(folder, sweep, base), contextlib.ExitStack() as at_end:
         journal = Journal(folder)

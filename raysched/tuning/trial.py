@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from raysched.config.loading import assign, baseline_config
 from raysched.config.paths import anchored
+from raysched.config.storage_uri import below
 from raysched.config.run import BudgetConfig, RunConfig
 from raysched.errors import UserError
 from raysched.tuning.records import (
@@ -99,12 +100,19 @@ class TrialPlan:
             if trial["baseline"]
             else assign(self.raw, trial["assignments"])
         )
+        changed = anchored(changed, self.root)
         budget = BudgetConfig(forward_equivalents=self.budget)
-        return anchored(changed, self.root).model_copy(
+        storage = changed.training.storage_path
+        if storage is not None:
+            # Trials of all sweeps have the same names: theirs is a place of this sweep's own.
+            place = self.run_dirs(trial)[0].parent.relative_to(self.folder.parent)
+            storage = below(storage, place.as_posix())
+        training = {"budget": budget, "storage_path": storage}
+        return changed.model_copy(
             update={
                 "name": trial_name(trial["trial_number"], baseline=trial["baseline"]),
                 "seed": seed,
-                "training": changed.training.model_copy(update={"budget": budget}),
+                "training": changed.training.model_copy(update=training),
             }
         )
 
