@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from raysched.config.loading import assign, baseline_config
 from raysched.config.paths import anchored
-from raysched.config.storage_uri import below
 from raysched.config.run import BudgetConfig, RunConfig
+from raysched.config.storage_uri import below
 from raysched.errors import UserError
 from raysched.tuning.records import (
     FORWARD_EQUIVALENTS,
