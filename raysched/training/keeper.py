@@ -7,6 +7,7 @@ checkpoint to be on the disk. Under FSDP every rank saves its own rows.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -146,13 +147,14 @@ class Keeper:
         if snapshot.rank:
             return
         training = self._run.config.training
-        if self._uploader is None:
-            rotate(self._run_dir, keep_last=training.keep_last, keep_best=training.keep_best)
-            return
-        self._uploader.add(folder)
-        with self._uploader.spared() as spare:
+        spared: contextlib.AbstractContextManager[set[Path]] = contextlib.nullcontext(set())
+        if self._uploader is not None:
+            self._uploader.add(folder)
+            spared = self._uploader.spared()
+        with spared as spare:
             rotate(
                 self._run_dir,
+                snapshot.step,
                 keep_last=training.keep_last,
                 keep_best=training.keep_best,
                 spare=spare,

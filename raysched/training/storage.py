@@ -7,6 +7,7 @@ checkpoint isn't there. Credentials come from the environment, and no message sh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -53,7 +54,11 @@ class Storage:
 
     def probe(self) -> None:
         """Write a few bytes, so that a store that can't be written is found before training."""
-        self._write(f"{self._parent}/{PROBE_FILE}", lambda out: out.write(b"raysched"))
+        place = f"{self._parent}/{PROBE_FILE}"
+        self._write(place, lambda out: out.write(b"raysched"))
+        # A store that lets nothing be deleted will do: old checkpoints stay there, then.
+        with contextlib.suppress(OSError):
+            self._fs.delete_file(place)
 
     def put_file(self, local: Path, name: str) -> None:
         """Upload one file; a reader sees the old one, or the whole new one."""

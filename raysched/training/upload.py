@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from raysched.models.checkpoint_files import MANIFEST_FILE
+from raysched.models.checkpoint_files import MANIFEST_FILE, read_manifest
 from raysched.training.checkpoint import step_of
 from raysched.training.rotation import steps_to_keep
 from raysched.training.storage import Storage, checkpoint_name, explain, is_store_error
@@ -133,7 +133,12 @@ class Uploader:
             if (self._run_dir / name).exists():
                 self._storage.put_file(self._run_dir / name, name)
         step = step_of(folder)
-        self._storage.put_folder(folder, checkpoint_name(step), last=MANIFEST_FILE)
+        there = self._storage.manifest(step)
+        if there is None or there != read_manifest(folder):
+            if there is not None:
+                # Another one of the same step: never half of each behind a manifest.
+                self._storage.delete_checkpoint(step)
+            self._storage.put_folder(folder, checkpoint_name(step), last=MANIFEST_FILE)
         self._rotate(step)
 
     def _upload_next_name(self) -> None:
@@ -151,7 +156,9 @@ class Uploader:
         if self._quality is None:
             self._quality = {step: self._quality_of(step) for step in self._storage.steps()}
         self._quality[newest] = self._quality_of(newest)
-        kept = steps_to_keep(self._quality, keep_last=self._keep_last, keep_best=self._keep_best)
+        kept = steps_to_keep(
+            self._quality, newest, keep_last=self._keep_last, keep_best=self._keep_best
+        )
         for step in sorted(self._quality.keys() - kept):
             self._storage.delete_checkpoint(step)
             del self._quality[step]
