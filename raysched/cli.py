@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from raysched.arguments import join_values, split_arguments
-from raysched.commands import Json, Work, probe, sample
+from raysched.commands import Json, Work, export, probe, sample
 from raysched.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
 from raysched.outcome import Outcome, mute, report, stopped_early, usage_failure, warn
 from raysched.signals import STOP
@@ -128,6 +128,9 @@ def plan(
 
 app.command(epilog="Example: raysched sample runs/digits_flow-20260101-120000 --class-label 3")(
     sample
+)
+app.command(epilog="Example: raysched export runs/digits_flow-20260101-120000 --out my-pipeline")(
+    export
 )
 app.command(epilog="Example: raysched probe runs/with-rollouts runs/without-rollouts")(probe)
 

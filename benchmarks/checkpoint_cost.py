@@ -1,0 +1,135 @@
+"""What checkpoints cost: the same run with one every 200 steps and with none but the last.
+
+Both runs train the demo's model through the loop of `raysched train`, in this process, without
+evaluation. They go on in turns, a span of steps each, so that a slow minute of the machine hits
+both; ratios are of the paired spans, and the median counts. A span begins with its checkpoint and
+ends when that is on the disk, so nothing of its cost falls into the other run's span.
+
+  wall_ratio       time of a span with its checkpoint over the same span without, median
+  checkpoint_share share of the spans' time that the training thread spent in saving, by the
+                   loop's own timer (snapshot, and waiting for the file before)
+  written_share    share that the writing thread took beside it: with checkpoint_share the most
+                   that checkpoints could cost if nothing of the writing overlapped
+  written_ms       the writing of one checkpoint, median
+
+    python benchmarks/checkpoint_cost.py --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raysched.config.loading import load
+from raysched.config.run import RunConfig
+from raysched.training import keeper as keeper_module
+from raysched.training.allocator import keep_freed_memory
+from raysched.training.checkpoint import Snapshot, write_snapshot
+from raysched.training.keeper import Keeper
+from raysched.training.setup import Run, build_run
+from raysched.training.train_step import train_step
+
+CONFIG = Path(__file__).parents[1] / "configs" / "digits_flow.yaml"
+LIMIT = 1.02
+
+
+class Trainer:
+    """One run, and the time that its spans took."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, *, saves: bool) -> None:
+        self.run: Run = build_run(config)
+        self.keeper = Keeper(self.run, run_dir)
+        self.saves = saves
+        self.spans: list[float] = []
+
+    def span(self, steps: int) -> None:
+        """Train so many steps; with checkpoints, one is written beside them, to its end."""
+        start = time.perf_counter()
+        if self.saves:
+            self.keeper.save({"metrics": {}})
+        for _ in range(steps):
+            train_step(self.run, self.run.step)
+            self.run.step += 1
+            self.keeper.check()
+        self.keeper.on_disk()
+        self.spans.append(time.perf_counter() - start)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The row of numbers."""
+    written: list[float] = []
+
+    def timed(run_dir: Path, snapshot: Snapshot) -> Path:
+        start = time.perf_counter()
+        folder = write_snapshot(run_dir, snapshot)
+        written.append(time.perf_counter() - start)
+        return folder
+
+    keeper_module.write_snapshot = timed
+    root = Path(tempfile.mkdtemp(prefix="raysched-checkpoint-cost-", dir=options.folder))
+    overrides = ["scaling.num_workers=0", "training.device=cpu", *options.overrides]
+    config = load(CONFIG, overrides).config
+    try:
+        without, saving = (
+            Trainer(config, root / name, saves=name == "saving") for name in ("without", "saving")
+        )
+        for trainer in (without, saving):
+            trainer.span(options.warmup)
+            trainer.spans.clear()
+        blocked = saving.run.meter.seconds("checkpoint")
+        for number in range(options.spans):
+            pair = (without, saving) if number % 2 else (saving, without)
+            for trainer in pair:
+                trainer.span(options.steps)
+        blocked = saving.run.meter.seconds("checkpoint") - blocked
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    ratios = [a / b for a, b in zip(saving.spans, without.spans, strict=True)]
+    ratio = statistics.median(ratios)
+    return {
+        "steps_between_checkpoints": options.steps,
+        "spans": options.spans,
+        "seconds_per_span": statistics.median(without.spans),
+        "wall_ratio": ratio,
+        "wall_ratio_low": min(ratios),
+        "wall_ratio_high": max(ratios),
+        "checkpoint_share": blocked / sum(saving.spans),
+        "written_share": sum(written) / sum(saving.spans),
+        "written_ms": 1000 * statistics.median(written),
+        "limit": LIMIT,
+        "ok": ratio <= LIMIT,
+        "machine": f"{platform.machine()}, torch {torch.__version__}, 1 thread",
+    }
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE settings of the run")
+    parser.add_argument("--steps", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--spans", type=int, default=9, help="pairs of spans")
+    parser.add_argument("--warmup", type=int, default=20, help="steps before the first span")
+    parser.add_argument("--folder", default=None, help="where to write; default: a temporary one")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    row = measure(options)
+    if options.json:
+        print(json.dumps(row))
+        return
+    for name, value in row.items():
+        print(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
+
+
+if __name__ == "__main__":
+    main()
