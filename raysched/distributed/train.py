@@ -25,6 +25,7 @@ from raysched.training.run_folder import (
     read_config,
 )
 from raysched.training.stop import clear_stop, request_stop
+from raysched.training.upload import upload_finished
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +51,7 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
     done = _already_finished(config, run_dir) if resume else None
     if done is not None:
         console.print(f"{run_dir}: this run is finished already")
+        upload_finished(config, run_dir, lambda text: console.print(f"warning: {text}"))
         return done
 
     def on_signal(name: str) -> None:

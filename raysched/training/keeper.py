@@ -25,7 +25,6 @@ from raysched.training.checkpoint import (
     Checkpoint,
     Rows,
     Snapshot,
-    checkpoint_folders,
     delete_leftovers,
     folder_name,
     load_checkpoint,
@@ -36,8 +35,7 @@ from raysched.training.events import note_event
 from raysched.training.rotation import rotate
 from raysched.training.run_folder import TRACKING_RECORD, check_same_config
 from raysched.training.setup import Run
-from raysched.training.storage import Storage
-from raysched.training.upload import Uploader, what_is_missing
+from raysched.training.upload import Uploader, start_uploads, what_is_missing
 from raysched.training.wrapping import is_sharded, load_state, local_state
 
 log = logging.getLogger(__name__)
@@ -82,8 +80,8 @@ class Keeper:
             if checkpoint is None:
                 checkpoint = load_checkpoint(self._run_dir / "checkpoints" / folder_name(step))
             self._load(checkpoint)
-        if run.rank == 0 and run.config.training.storage_path is not None:
-            self._uploader = self._start_uploads()
+        if run.rank == 0:
+            self._uploader = start_uploads(run.config, self._run_dir, self._warn)
         return checkpoint
 
     def save(self, progress: Mapping[str, Any]) -> None:
@@ -196,22 +194,6 @@ class Keeper:
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         run.step = self.saved_step = checkpoint.step
-
-    def _start_uploads(self) -> Uploader:
-        training = self._run.config.training
-        assert training.storage_path is not None, "there is somewhere to upload to"
-        uploader = Uploader(
-            Storage(training.storage_path, self._run_dir.name),
-            self._run_dir,
-            keep_last=training.keep_last,
-            keep_best=training.keep_best,
-            warn=self._warn,
-        )
-        folders = checkpoint_folders(self._run_dir)
-        if folders:
-            # An earlier start may have ended before it was uploaded.
-            uploader.add(folders[-1])
-        return uploader
 
     def _warn(self, text: str) -> None:
         log.warning(text)

@@ -12,8 +12,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from raysched.config.run import RunConfig
 from raysched.models.checkpoint_files import MANIFEST_FILE, read_manifest
-from raysched.training.checkpoint import step_of
+from raysched.training.checkpoint import checkpoint_folders, step_of
 from raysched.training.rotation import steps_to_keep
 from raysched.training.storage import Storage, checkpoint_name, explain, is_store_error
 
@@ -178,6 +179,41 @@ class Uploader:
             )
             if not is_store_error(error):
                 log.error("a mistake of ours while uploading", exc_info=error)
+
+
+def start_uploads(
+    config: RunConfig, run_dir: Path, warn: Callable[[str], None]
+) -> Uploader | None:
+    """The thread for a run's storage, None without one.
+
+    Args:
+        config: the run's.
+        run_dir: its folder. The newest checkpoint there is uploaded unless the store has it: an
+            earlier start may have ended before that.
+        warn: told once when uploading begins to fail.
+    """
+    training = config.training
+    if training.storage_path is None:
+        return None
+    uploader = Uploader(
+        Storage(training.storage_path, run_dir.name),
+        run_dir,
+        keep_last=training.keep_last,
+        keep_best=training.keep_best,
+        warn=warn,
+    )
+    folders = checkpoint_folders(run_dir)
+    if folders:
+        uploader.add(folders[-1])
+    return uploader
+
+
+def upload_finished(config: RunConfig, run_dir: Path, warn: Callable[[str], None]) -> None:
+    """Upload what the store has not got of a run that has ended; says what is still missing."""
+    uploader = start_uploads(config, run_dir, warn)
+    missing = uploader and what_is_missing(uploader, config.training.storage_timeout_s)
+    if missing:
+        warn(missing)
 
 
 def what_is_missing(uploader: Uploader, timeout_s: float) -> str | None:

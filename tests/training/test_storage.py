@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import threading
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from raysched.config.loading import load_mapping, write_yaml
 from raysched.config.storage_uri import below
+from raysched.distributed.train import train
 from raysched.errors import ConfigError, StorageError
 from raysched.training import fetch, storage, upload
 from raysched.training.checkpoint import checkpoint_folders, load_checkpoint
@@ -120,21 +123,39 @@ def test_the_newest_stored_run_of_a_name_is_found(tmp_path):
     assert stored_run_name(config) == "digits-20260102-000000"
 
 
-@pytest.mark.slow
-def test_a_command_goes_on_where_the_runs_folder_is_gone(tmp_path):
+def test_a_finished_run_is_uploaded_by_the_next_resume(tmp_path):
+    run_loop(rollout_config(), tmp_path / "mine")
+    told: list[str] = []
+    upload.upload_finished(stored_config(tmp_path / "store"), tmp_path / "mine", told.append)
+    assert told == []
+    stored = tmp_path / "store" / "mine"
+    assert load_checkpoint(checkpoint_folders(stored)[-1]).step == 12
+    assert (stored / "result.json").is_file()
+
+
+def test_the_command_goes_on_where_the_folder_of_all_runs_is_gone(tmp_path, monkeypatch):
+    """Without a folder's name: the newest stored run of the config's name is meant."""
+    monkeypatch.chdir(tmp_path)
     constant = {"optimizer__schedule": "constant", "optimizer__warmup_fraction": 0.0}
-    config = stored_config(tmp_path / "store", **constant)
-    straight = run_loop(config, tmp_path / "straight")
-    write_yaml(config, tmp_path / "config.yaml")
-    run_dir = tmp_path / "mine"
-    out, err = start(run_dir, "training.budget.steps=8").communicate(timeout=90)
-    assert "status: finished" in out, err
-    shutil.rmtree(run_dir)
-    again = start(run_dir, "--resume", "--json")
-    out, err = again.communicate(timeout=90)
-    assert again.returncode == 0, err
-    assert "fetched step 8 of mine" in err
-    assert json.loads(out)["weights_sha256"] == straight.weights_sha256
+
+    def config_of(steps: int):
+        # A relative path: of the command's working directory.
+        return stored_config(
+            Path("store"), training__budget__steps=steps, tracking__enabled=False, **constant
+        )
+
+    straight = run_loop(config_of(12), tmp_path / "straight")
+    console = Console(file=io.StringIO())
+    first = train(config_of(8), resume=False, console=console)
+    assert first.status == "finished"
+    shutil.rmtree(tmp_path / "runs")
+    resumed = train(config_of(12), resume=True, console=console)
+    assert Path(resumed.output_dir).name == Path(first.output_dir).name
+    assert f"fetched step 8 of {Path(first.output_dir).name}" in console.file.getvalue()
+    assert resumed.weights_sha256 == straight.weights_sha256
+    shutil.rmtree(tmp_path / "store")
+    assert train(config_of(12), resume=True, console=console).status == "finished"
+    assert checkpoint_folders(tmp_path / "store" / Path(first.output_dir).name)
 
 
 def test_a_store_that_cannot_be_written_is_found_before_training(tmp_path):
@@ -319,3 +340,26 @@ def test_a_download_that_fails_is_one_message(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"fetching config\.yaml failed: connection reset"):
         prepare_storage(config, tmp_path / "other" / "mine", resume=True, say=said)
     assert fetch.DOWNLOAD_S > 3600
+
+
+def test_an_upload_that_is_cut_short_leaves_nothing_that_looks_whole(
+    tmp_path, three_checkpoints, monkeypatch
+):
+    real = Storage(str(tmp_path / "store"), "mine")
+    put, newest = real.put_file, three_checkpoints[2]
+    name = "checkpoints/step-00000012"
+    files = sorted(path.name for path in newest.iterdir())
+    for broken in files:
+
+        def cut(local: Path, place: str, broken: str = broken) -> None:
+            if local.name == broken:
+                raise OSError("connection reset")
+            put(local, place)
+
+        monkeypatch.setattr(real, "put_file", cut)
+        with pytest.raises(OSError, match="connection reset"):
+            real.put_folder(newest, name, "manifest.json")
+        assert real.newest_step() is None
+    monkeypatch.setattr(real, "put_file", put)
+    real.put_folder(newest, name, "manifest.json")
+    assert real.newest_step() == 12
