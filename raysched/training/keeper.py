@@ -183,6 +183,8 @@ class Keeper:
         check_same_config(state.get("config"), run.config, where)
         try:
             load_state(run, checkpoint.tensors)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, KeyError) as error:
             problem = " ".join(str(error).split())
             raise ConfigError(

@@ -26,6 +26,7 @@ FREE_ON_RESUME = (
     *("name", "base", "overrides", "output_dir", "search.num_samples", "search.max_concurrent"),
     *(f"the run's {key}" for key in ("tracking.", "scaling.", "training.output_dir")),
     *(f"the run's {key}" for key in ("data.cache_dir", "training.checkpoint_every_steps")),
+    *(f"the run's training.{key}" for key in ("keep_last", "keep_best", "storage_")),
 )
 
 
