@@ -32,6 +32,8 @@ from raysched.training.checkpoint import (
     write_snapshot,
 )
 from raysched.training.events import note_event
+from raysched.training.files import storage_errors
+from raysched.training.protocols import RunStatus
 from raysched.training.rotation import rotate
 from raysched.training.run_folder import TRACKING_RECORD, check_same_config
 from raysched.training.setup import Run
@@ -126,15 +128,23 @@ class Keeper:
                     raise
                 self._warn(str(error))
 
-    def close(self) -> list[str]:
+    def close(self, status: RunStatus = "failed") -> list[str]:
         """Wait for the uploads, at most for `training.storage_timeout_s`.
+
+        Args:
+            status: how the run ended. A stopped one may have to be gone within `scaling.grace_s`
+                of the signal, and its checkpoint took some of that: it waits for half of it.
 
         Returns:
             What the user should know, in whole sentences.
         """
         if self._uploader is None:
             return []
-        missing = what_is_missing(self._uploader, self._run.config.training.storage_timeout_s)
+        config = self._run.config
+        limit_s, grace_s = config.training.storage_timeout_s, config.scaling.grace_s
+        if status == "stopped" and grace_s is not None:
+            limit_s = min(limit_s, grace_s / 2)
+        missing = what_is_missing(self._uploader, limit_s)
         if missing is None:
             return []
         self._warn(missing)
@@ -149,7 +159,7 @@ class Keeper:
         if self._uploader is not None:
             self._uploader.add(folder)
             spared = self._uploader.spared()
-        with spared as spare:
+        with spared as spare, storage_errors(self._run_dir, "deleting old checkpoints"):
             rotate(
                 self._run_dir,
                 snapshot.step,

@@ -164,7 +164,7 @@ class Loop:
         if self.is_main:
             write_json(self.run_dir / RESULT_FILE, result.as_json())
             self.tracker.close(status)
-        return replace(result, notes=[*result.notes, *self.keeper.close()])
+        return replace(result, notes=[*result.notes, *self.keeper.close(status)])
 
     def _take(self, result: StepResult) -> None:
         if result.failed:

@@ -54,7 +54,7 @@ class Uploader:
         self._busy: Path | None = None
         self._problem: str | None = None
         self._quality: dict[int, float | None] | None = None
-        self._closing = False
+        self._closing = self._told_undeleted = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="raysched-upload", daemon=True)
         self._thread.start()
@@ -161,8 +161,18 @@ class Uploader:
             self._quality, newest, keep_last=self._keep_last, keep_best=self._keep_best
         )
         for step in sorted(self._quality.keys() - kept):
-            self._storage.delete_checkpoint(step)
             del self._quality[step]
+            try:
+                self._storage.delete_checkpoint(step)
+            except Exception as error:
+                if not is_store_error(error):
+                    raise
+                if not self._told_undeleted:
+                    self._told_undeleted = True
+                    self._warn(
+                        f"{self._storage.where}: old checkpoints can't be deleted there "
+                        f"({explain(error)}) and stay"
+                    )
 
     def _quality_of(self, step: int) -> float | None:
         manifest = self._storage.manifest(step)

@@ -363,3 +363,34 @@ def test_an_upload_that_is_cut_short_leaves_nothing_that_looks_whole(
     monkeypatch.setattr(real, "put_file", put)
     real.put_folder(newest, name, "manifest.json")
     assert real.newest_step() == 12
+
+
+def test_a_store_that_lets_nothing_be_deleted_still_gets_every_checkpoint(
+    tmp_path, three_checkpoints, monkeypatch
+):
+    def kept(self: Storage, step: int) -> None:
+        raise OSError("access denied")
+
+    monkeypatch.setattr(Storage, "delete_checkpoint", kept)
+    told: list[str] = []
+    for folder in three_checkpoints:
+        uploader = uploader_of(
+            tmp_path, Storage(str(tmp_path / "store"), "mine"), told, keep_last=1
+        )
+        uploader.add(folder)
+        assert uploader.finish(LIMIT_S) == []
+    assert len(checkpoint_folders(tmp_path / "store" / "mine")) == 3
+    assert len(told) == 2
+    assert "old checkpoints can't be deleted there (access denied) and stay" in told[0]
+
+
+def test_a_stopped_run_waits_for_its_uploads_within_its_grace(tmp_path, monkeypatch):
+    def away(self: Storage, local: Path, name: str) -> None:
+        raise OSError("unreachable")
+
+    monkeypatch.setattr(Storage, "put_file", away)
+    monkeypatch.setattr("raysched.training.stop.POLL_S", 0.0)
+    config = stored_config(tmp_path / "store", scaling__grace_s=0.2)
+    result = run_loop(config, tmp_path / "mine", tracker=StopAt(tmp_path / "mine", 3))
+    assert result.status == "stopped"
+    assert "within 0.1 s: unreachable" in result.notes[0]
