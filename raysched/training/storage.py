@@ -91,11 +91,11 @@ class Storage:
 
     def files(self, name: str) -> list[str]:
         """Names of the files of a folder of the run, without its own name."""
-        return [path.rpartition("/")[2] for path, is_dir in self._list(name) if not is_dir]
+        return [n for n, is_folder in self._children(f"{self._root}/{name}") if not is_folder]
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint folder, whole or not, in order."""
-        names = (path.rpartition("/")[2] for path, is_dir in self._list("checkpoints") if is_dir)
+        names = (n for n, is_folder in self._children(f"{self._root}/checkpoints") if is_folder)
         return sorted(int(n[5:]) for n in names if re.fullmatch(r"step-\d+", n))
 
     def manifest(self, step: int) -> dict[str, Any] | None:
@@ -123,21 +123,34 @@ class Storage:
         name = checkpoint_name(step)
         if self.exists(f"{name}/{MANIFEST_FILE}"):
             self._fs.delete_file(f"{self._root}/{name}/{MANIFEST_FILE}")
-        self._fs.delete_dir(f"{self._root}/{name}")
+        if self._knows_folders:
+            self._fs.delete_dir(f"{self._root}/{name}")
+            return
+        for file in self.files(name):
+            self._fs.delete_file(f"{self._root}/{name}/{file}")
 
     def run_names(self, pattern: str) -> list[str]:
         """Names of the runs in the store that match a regular expression, in order."""
-        names = (
-            path.rpartition("/")[2] for path, is_dir in self._list("", self._parent) if is_dir
-        )
+        names = (n for n, is_folder in self._children(self._parent) if is_folder)
         return sorted(name for name in names if re.fullmatch(pattern, name))
 
-    def _list(self, name: str, root: str | None = None) -> list[tuple[str, bool]]:
+    def _children(self, folder: str) -> list[tuple[str, bool]]:
+        """Names directly below a folder, and whether each is a folder, too."""
         from pyarrow.fs import FileSelector, FileType
 
-        folder = "/".join(part for part in (root or self._root, name) if part)
-        infos = self._fs.get_file_info(FileSelector(folder, allow_not_found=True))
-        return [(info.path, info.type == FileType.Directory) for info in infos]
+        deep = not self._knows_folders
+        selector = FileSelector(folder, recursive=deep, allow_not_found=True)
+        found: dict[str, bool] = {}
+        for info in self._fs.get_file_info(selector):
+            name, below, _ = info.path.removeprefix(f"{folder}/").partition("/")
+            is_folder = bool(below) or info.type == FileType.Directory
+            found[name] = found.get(name, False) or is_folder
+        return list(found.items())
+
+    @property
+    def _knows_folders(self) -> bool:
+        """Whether folders are there without being made: not so in pyarrow's GCS."""
+        return self._fs.type_name in ("local", "s3")
 
     def _write(self, place: str, fill: Callable[[Any], object]) -> None:
         """An object appears whole when it is closed; a file needs a name of its own first."""

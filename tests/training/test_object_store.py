@@ -66,3 +66,25 @@ def test_a_bucket_that_does_not_exist_is_found_before_training(store):
 def test_the_probe_of_a_bucket_leaves_nothing_behind(store):
     check_storage(small_config(training__storage_path=store.uri.format("runs")))
     assert [key for key in store.objects if not key.endswith("/")] == []
+
+
+@pytest.mark.parametrize("knows_folders", [True, False], ids=["as S3", "as GCS"])
+def test_folders_are_found_and_deleted_whether_or_not_the_client_knows_them(
+    tmp_path, store, monkeypatch, knows_folders
+):
+    """pyarrow's GCS client neither lists nor deletes a folder that it has not made itself."""
+    monkeypatch.setattr(Storage, "_knows_folders", property(lambda self: knows_folders))
+    place = Storage(store.uri.format("runs"), "mine")
+    (tmp_path / "x").write_text('{"format_version": 1, "sha256": {}}')
+    for step in (7, 9):
+        for name in ("x", "manifest.json"):
+            place.put_file(tmp_path / "x", f"checkpoints/step-{step:08d}/{name}")
+    place.put_file(tmp_path / "x", "config.yaml")
+    assert place.run_names(".*") == ["mine"]
+    assert (place.steps(), place.newest_step()) == ([7, 9], 9)
+    assert sorted(place.files("checkpoints/step-00000009")) == ["manifest.json", "x"]
+    place.delete_checkpoint(9)
+    assert (place.steps(), place.newest_step()) == ([7], 7)
+    left = sorted(key for key in store.objects if not key.endswith("/"))
+    folder = "runs/mine/checkpoints/step-00000007"
+    assert left == [f"{folder}/manifest.json", f"{folder}/x", "runs/mine/config.yaml"]
