@@ -1,9 +1,9 @@
 """What checkpoints cost: the same run with one every 200 steps and with none but the last.
 
-Both runs train the demo's model through the loop of `raysched train`, in this process, without
-evaluation. They go on in turns, a span of steps each, so that a slow minute of the machine hits
-both; ratios are of the paired spans, and the median counts. A span begins with its checkpoint and
-ends when that is on the disk, so nothing of its cost falls into the other run's span.
+Both runs make the loop's training steps with the demo's model in this process, and save as the
+loop does, without evaluation. They go on in turns of some steps, so that a slow second of the
+machine hits both; the ratios are of spans of 200 steps, and the median counts. A span begins with its checkpoint, and the
+turn ends when that is on the disk, so nothing of its cost falls into the other run's turn.
 
   wall_ratio       time of a span with its checkpoint over the same span without, median
   checkpoint_share share of the spans' time that the training thread spent in saving, by the
@@ -51,17 +51,28 @@ class Trainer:
         self.saves = saves
         self.spans: list[float] = []
 
-    def span(self, steps: int) -> None:
-        """Train so many steps; with checkpoints, one is written beside them, to its end."""
+    def train(self, steps: int, *, save: bool) -> float:
+        """Train so many steps, with a checkpoint written beside them to its end; seconds taken."""
         start = time.perf_counter()
-        if self.saves:
+        if save and self.saves:
             self.keeper.save({"metrics": {}})
         for _ in range(steps):
             train_step(self.run, self.run.step)
             self.run.step += 1
             self.keeper.check()
         self.keeper.on_disk()
-        self.spans.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+
+def train_in_turns(trainers: tuple[Trainer, ...], steps: int, turn: int) -> None:
+    """One span of each run, in turns of a few steps; the first turn begins with a checkpoint."""
+    seconds = dict.fromkeys(trainers, 0.0)
+    for done in range(0, steps, turn):
+        order = trainers if done // turn % 2 else trainers[::-1]
+        for trainer in order:
+            seconds[trainer] += trainer.train(min(turn, steps - done), save=done == 0)
+    for trainer, total in seconds.items():
+        trainer.spans.append(total)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -83,13 +94,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             Trainer(config, root / name, saves=name == "saving") for name in ("without", "saving")
         )
         for trainer in (without, saving):
-            trainer.span(options.warmup)
-            trainer.spans.clear()
+            trainer.train(options.warmup, save=False)
         blocked = saving.run.meter.seconds("checkpoint")
-        for number in range(options.spans):
-            pair = (without, saving) if number % 2 else (saving, without)
-            for trainer in pair:
-                trainer.span(options.steps)
+        for _ in range(options.spans):
+            train_in_turns((without, saving), options.steps, options.turn)
         blocked = saving.run.meter.seconds("checkpoint") - blocked
     finally:
         shutil.rmtree(root, ignore_errors=True)
@@ -117,6 +125,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE settings of the run")
     parser.add_argument("--steps", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--spans", type=int, default=9, help="pairs of spans")
+    parser.add_argument("--turn", type=int, default=10, help="steps of a turn")
     parser.add_argument("--warmup", type=int, default=20, help="steps before the first span")
     parser.add_argument("--folder", default=None, help="where to write; default: a temporary one")
     parser.add_argument("--json", action="store_true", help="one JSON object")
