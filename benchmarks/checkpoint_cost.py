@@ -2,8 +2,9 @@
 
 Both runs make the loop's training steps with the demo's model in this process, and save as the
 loop does, without evaluation. They go on in turns of some steps, so that a slow second of the
-machine hits both; the ratios are of spans of 200 steps, and the median counts. A span begins with its checkpoint, and the
-turn ends when that is on the disk, so nothing of its cost falls into the other run's turn.
+machine hits both; the ratios are of spans of 200 steps, and the median counts. A span begins with
+its checkpoint, and the turn ends when that is on the disk, so nothing of its cost falls into the
+other run's turn.
 
   wall_ratio       time of a span with its checkpoint over the same span without, median
   checkpoint_share share of the spans' time that the training thread spent in saving, by the
