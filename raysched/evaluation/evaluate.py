@@ -10,6 +10,7 @@ Legend: n samples, C channels, H and W pixels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,19 +19,15 @@ import torch
 from torch import Tensor
 
 from raysched.config.run import QualityMetric, RunConfig
-from raysched.data.dataset import ImageDataset, to_pixels
+from raysched.data.dataset import ImageDataset
 from raysched.diffusion.compute import ComputeMeter
 from raysched.diffusion.schedules import NoiseSchedule
 from raysched.evaluation import bootstrap, manifold, metrics
+from raysched.evaluation.crew import ALONE, Crew, Job
+from raysched.evaluation.features import BATCH
 from raysched.evaluation.reference import Reference, build_reference
-from raysched.evaluation.sampling import (
-    balanced_labels,
-    evaluation_noise,
-    generate,
-    network_device,
-    num_evaluations,
-    num_steps,
-)
+from raysched.evaluation.samples import Column, Sampler, Samples
+from raysched.evaluation.sampling import network_device, num_evaluations, num_steps
 
 METRIC_LABELS: dict[QualityMetric, str] = {
     "kid": "KID",
@@ -38,8 +35,8 @@ METRIC_LABELS: dict[QualityMetric, str] = {
     "sliced_wasserstein": "sliced Wasserstein",
     "frechet_distance": "Frechet distance",
 }
-CONSISTENCY_SAMPLES = 64
-CONSISTENCY_FACTOR = 4
+# A multiple of the feature network's batch, so that features are the same however they are shared.
+FEATURE_ROWS = 4 * BATCH
 INF = float("inf")
 
 
@@ -71,6 +68,7 @@ def evaluate(
     num_samples: int,
     meter: ComputeMeter | None = None,
     with_epsilon_scaling: bool = True,
+    crew: Crew = ALONE,
 ) -> Evaluation:
     """Sample and measure; the caller has put the EMA weights into the network.
 
@@ -82,86 +80,94 @@ def evaluate(
         num_samples: samples per NFE.
         meter: counts the forwards as evaluation.
         with_epsilon_scaling: False leaves the second column out, nearly half of the cost.
+        crew: the processes that share the work, all of which call this; their numbers are those
+            of one process, bit for bit on the CPU.
 
     Returns:
-        Metrics, samples and notes.
+        Metrics, samples and notes, the same in every process.
     """
     settings = config.evaluation
     reference = build_reference(
         dataset, settings.features, settings.neighbours, network_device(network)
     )
-    sampler = _Sampler(network, config, dataset, schedule, num_samples, meter)
-    raw = {nfe: sampler.samples(nfe) for nfe in settings.nfe}
-    samples = {nfe: to_pixels(x.nan_to_num()) for nfe, x in raw.items()}
-    broken = {nfe: not bool(x.isfinite().all()) for nfe, x in raw.items()}
-    features = {nfe: _features(reference, x, broken[nfe]) for nfe, x in samples.items()}
-    found = _quality(list(features.values()), reference.holdout, config)
-    found |= _distances(features, reference.holdout)
-    labels = sampler.labels if config.model.class_conditional else None
-    found |= _beside(list(features.values()), labels, reference, settings.neighbours)
-    found["quality/nonfinite"] = float(
-        np.mean([float((~x.isfinite()).flatten(1).any(1).double().mean()) for x in raw.values()])
+    samples = Sampler(network, config, dataset, schedule).samples(
+        num_samples, crew, meter, with_scaling=with_epsilon_scaling
     )
-    found["quality/self_consistency"] = _self_consistency(sampler, raw)
-    if settings.epsilon_scaling is not None and with_epsilon_scaling:
-        scaled = [_scaled_features(sampler, reference, nfe) for nfe in settings.nfe]
-        found["quality/q_epsilon_scaled"] = bootstrap.q_value(
-            scaled, reference.holdout, settings.metric
-        )
+    features = _features(reference, samples.columns, crew)
+    scaled = _features(reference, samples.scaled, crew)
+    broken = {nfe: column.broken for nfe, column in samples.columns.items()}
+    found: dict[str, float] = {}
+    for part in crew.do(_measurements(features, scaled, samples, reference, config)):
+        found |= part
+    found["quality/nonfinite"] = float(
+        np.mean([float((~x.finite).double().mean()) for x in samples.columns.values()])
+    )
     label = reference.space.metric_label(METRIC_LABELS[settings.metric])
     notes = _notes(config, reference, num_samples, broken)
-    return Evaluation(found, samples, sampler.labels, label, notes)
+    pixels = {nfe: column.pixels for nfe, column in samples.columns.items()}
+    return Evaluation(found, pixels, samples.labels, label, notes)
 
 
-class _Sampler:
-    """The fixed noise and labels of an evaluation, and the network that turns them to images."""
+def _features(
+    reference: Reference, columns: Mapping[int, Column], crew: Crew
+) -> dict[int, Tensor]:
+    """Per NFE (n, D) features; all NaN where any sample is not finite."""
+    space, device = reference.space, reference.device
+    if space.name == "pixels":  # cheaper than their exchange
+        found = {nfe: space.extract(column.pixels, device) for nfe, column in columns.items()}
+    else:
+        places = [
+            (nfe, rows)
+            for nfe, column in columns.items()
+            for rows in torch.split(torch.arange(len(column.pixels)), FEATURE_ROWS)
+        ]
+        jobs = [
+            Job(len(rows), functools.partial(space.extract, columns[nfe].pixels[rows], device))
+            for nfe, rows in places
+        ]
+        parts: dict[int, list[Tensor]] = {nfe: [] for nfe in columns}
+        for (nfe, _), part in zip(places, crew.do(jobs), strict=True):
+            parts[nfe].append(part)
+        found = {nfe: torch.cat(some) for nfe, some in parts.items()}
+    return {
+        nfe: torch.full_like(x, torch.nan) if columns[nfe].broken else x
+        for nfe, x in found.items()
+    }
 
-    def __init__(
-        self,
-        network: Callable[..., Tensor],
-        config: RunConfig,
-        dataset: ImageDataset,
-        schedule: NoiseSchedule,
-        num_samples: int,
-        meter: ComputeMeter | None,
-    ) -> None:
-        shape = (dataset.channels, dataset.image_size, dataset.image_size)
-        self.noise = evaluation_noise(config.evaluation.seed, num_samples, shape)
-        self.labels = balanced_labels(num_samples, dataset.num_classes)
-        self.config, self.null_class = config, dataset.num_classes
-        self._network, self._schedule, self._meter = network, schedule, meter
 
-    def samples(
-        self, nfe: int, *, first: int | None = None, epsilon_scaling: float | None = None
-    ) -> Tensor:
-        """(n, C, H, W) in [-1, 1] of the first samples (default: all)."""
-        settings = self.config.evaluation
-        return generate(
-            self._network,
-            self._schedule,
-            self.config.prediction_type,
-            labels=self.labels[:first],
-            noise=self.noise[:first],
-            nfe=nfe,
-            solver=settings.sampler,
-            batch_size=settings.batch_size,
-            null_class=self.null_class,
-            guidance_scale=settings.guidance_scale,
-            epsilon_scaling=epsilon_scaling,
-            meter=self._meter,
+def _measurements(
+    features: dict[int, Tensor],
+    scaled: dict[int, Tensor],
+    samples: Samples,
+    reference: Reference,
+    config: RunConfig,
+) -> list[Job[dict[str, float]]]:
+    """Everything that is measured, in the order of the metrics; costs in units of one distance."""
+    settings, columns = config.evaluation, list(features.values())
+    labels = samples.labels if config.model.class_conditional else None
+    jobs: list[Job[dict[str, float]]] = [
+        Job(8.0 * len(columns), functools.partial(_quality, columns, reference.holdout, config))
+    ]
+    for nfe in features:
+        jobs.append(
+            Job(4.0, functools.partial(_distances, {nfe: features[nfe]}, reference.holdout))
         )
-
-
-def _features(reference: Reference, samples: Tensor, broken: bool) -> Tensor:
-    """(n, D) features; all NaN where any sample is not finite."""
-    features = reference.space.extract(samples, reference.device)
-    return torch.full_like(features, torch.nan) if broken else features
-
-
-def _scaled_features(sampler: _Sampler, reference: Reference, nfe: int) -> Tensor:
-    scaling = sampler.config.evaluation.epsilon_scaling
-    raw = sampler.samples(nfe, epsilon_scaling=scaling)
-    return _features(reference, to_pixels(raw.nan_to_num()), not bool(raw.isfinite().all()))
+    jobs.append(
+        Job(
+            3.0 * len(columns),
+            functools.partial(_beside, columns, labels, reference, settings.neighbours),
+        )
+    )
+    jobs.append(Job(0.1, functools.partial(_self_consistency, samples)))
+    if scaled:
+        columns = list(scaled.values())
+        jobs.append(
+            Job(
+                float(len(columns)),
+                functools.partial(_scaled, columns, reference.holdout, settings.metric),
+            )
+        )
+    return jobs
 
 
 def _quality(features: list[Tensor], holdout: Tensor, config: RunConfig) -> dict[str, float]:
@@ -175,6 +181,10 @@ def _quality(features: list[Tensor], holdout: Tensor, config: RunConfig) -> dict
         seed=settings.seed,
     )
     return {"quality/q": q.value, "quality/q_low": q.low, "quality/q_high": q.high}
+
+
+def _scaled(features: list[Tensor], holdout: Tensor, metric: QualityMetric) -> dict[str, float]:
+    return {"quality/q_epsilon_scaled": bootstrap.q_value(features, holdout, metric)}
 
 
 def _distances(features: dict[int, Tensor], holdout: Tensor) -> dict[str, float]:
@@ -209,13 +219,10 @@ def _beside(
     return {f"quality/{name}": float(np.mean(values)) for name, values in rows.items()}
 
 
-def _self_consistency(sampler: _Sampler, raw: Mapping[int, Tensor]) -> float:
+def _self_consistency(samples: Samples) -> dict[str, float]:
     """At the smallest NFE and on few samples: its cost is that of four times the NFE."""
-    nfe = min(raw)
-    coarse = raw[nfe][:CONSISTENCY_SAMPLES]
-    fine = sampler.samples(CONSISTENCY_FACTOR * nfe, first=CONSISTENCY_SAMPLES)
-    distance = manifold.self_consistency(coarse, fine)
-    return distance if np.isfinite(distance) else INF
+    distance = manifold.self_consistency(samples.coarse, samples.fine)
+    return {"quality/self_consistency": distance if np.isfinite(distance) else INF}
 
 
 def _notes(

@@ -51,18 +51,19 @@ def _branches(guidance_scale: float) -> int:
     return 1 if guidance_scale == 1.0 else 2
 
 
-def evaluation_noise(seed: int, num: int, shape: tuple[int, ...]) -> Tensor:
-    """The noise that all trials share; the first samples are the same whatever `num` is.
+def evaluation_noise(seed: int, num: int, shape: tuple[int, ...], *, first: int = 0) -> Tensor:
+    """The noise that all trials share; a sample's is the same whatever `num` and `first` are.
 
     Args:
         seed: `evaluation.seed`.
         num: samples.
         shape: (C, H, W).
+        first: index of the first of them.
 
     Returns:
         (num, C, H, W) unit Gaussians, float32, on the CPU.
     """
-    return normals(seed, "evaluation_noise", 0, torch.arange(num), shape)
+    return normals(seed, "evaluation_noise", 0, torch.arange(first, first + num), shape)
 
 
 def balanced_labels(num: int, num_classes: int) -> Tensor:
