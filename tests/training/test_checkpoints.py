@@ -15,6 +15,7 @@ from raysched.models.checkpoint_files import NewerFormatError, read_verified_gro
 from raysched.models.pickles import PickleError
 from raysched.tracking.spool import Spool
 from raysched.training import checkpoint as checkpoints
+from raysched.training import measure
 from raysched.training.background import Background
 from raysched.training.checkpoint import (
     Rows,
@@ -26,6 +27,7 @@ from raysched.training.checkpoint import (
     write_snapshot,
 )
 from raysched.training.keeper import Keeper
+from raysched.training.plan import plan_run
 from raysched.training.rotation import rotate, steps_to_keep
 from raysched.training.run_folder import TRACKING_RECORD
 from raysched.training.setup import build_run
@@ -165,6 +167,17 @@ def test_a_run_keeps_the_checkpoints_of_its_best_evaluations(tmp_path):
     best = {step for _, step in evaluated[:2]}
     names = {int(f.name[5:]) for f in checkpoint_folders(tmp_path)}
     assert names == best | {12}
+
+
+@pytest.mark.parametrize(("keep_best", "num_kept"), [(0, 2), (3, 5), (9, 6)])
+def test_the_plan_counts_the_best_checkpoints(monkeypatch, keep_best, num_kept):
+    """Four evaluations, so at most four best ones; eight saves."""
+    monkeypatch.setattr(measure, "MAX_STEPS", 1)
+    config = small_config(
+        evaluation__enabled=True, training__budget__steps=40, training__keep_best=keep_best
+    )
+    plan = plan_run(config)
+    assert plan.disk_bytes == num_kept * plan.checkpoint_bytes
 
 
 def test_an_error_of_the_thread_comes_back_once_and_the_next_job_runs():
