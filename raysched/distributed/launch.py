@@ -19,7 +19,7 @@ from typing import Any
 from raysched.config.run import RunConfig
 from raysched.distributed.runtime import cluster_cpus, ensure_ray
 from raysched.errors import ConfigError, RunFailedError, UserError
-from raysched.training.protocols import NullTracker, Tracker
+from raysched.training.protocols import Evaluator, NullTracker, Tracker
 from raysched.training.result import RunResult
 from raysched.training.run_folder import WRITER_LOCK, own_run_folder
 
@@ -203,7 +203,24 @@ def _run_loop(
     owned = own_run_folder(run_dir, lock=WRITER_LOCK, timeout_s=WRITER_WAIT_S)
     with owned if is_main else contextlib.nullcontext():
         tracker = job.make_tracker() if job.make_tracker and is_main else NullTracker()
-        return train_loop(config, run_dir=run_dir, report=report, tracker=tracker)
+        evaluator = _make_evaluator(config) if is_main else None
+        return train_loop(
+            config, run_dir=run_dir, report=report, tracker=tracker, evaluator=evaluator
+        )
+
+
+def _make_evaluator(config: RunConfig) -> Evaluator | None:
+    """Who evaluates beside the training: a Ray task, without Ray a process."""
+    if config.evaluation.placement != "background" or not config.evaluation.enabled:
+        return None
+    scaling = config.scaling
+    if scaling.num_workers:
+        from raysched.distributed.evaluation_task import RayEvaluator
+
+        return RayEvaluator(scaling.cpus_per_worker, use_gpu=scaling.use_gpu)
+    from raysched.training.evaluation_process import ProcessEvaluator
+
+    return ProcessEvaluator(scaling.cpus_per_worker)
 
 
 def _as_user_error(error: BaseException, run_dir: Path) -> BaseException:

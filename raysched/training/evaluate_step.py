@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from raysched.errors import RunFailedError
-from raysched.evaluation.evaluate import evaluate
+from raysched.evaluation.crew import ALONE, Crew
+from raysched.evaluation.evaluate import Evaluation, evaluate
 from raysched.evaluation.grids import sample_grid, save_png
 from raysched.evaluation.probe_light import (
     FORWARDS_PER_SAMPLE,
@@ -19,6 +22,7 @@ from raysched.evaluation.probe_light import (
 from raysched.training.files import storage_errors
 from raysched.training.protocols import Tracker
 from raysched.training.setup import Run
+from raysched.training.wrapping import averaged
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +33,25 @@ PIPELINE_FOLDER = "pipeline"
 def evaluate_run(run: Run, run_dir: Path, tracker: Tracker, *, final: bool) -> dict[str, float]:
     """Measure the EMA weights' quality; the first grid of samples goes to the tracker.
 
+    All ranks must call it, and by `evaluation.placement` all of them or rank 0 do the work.
+
     Args:
         run: the run; only its meter changes.
         run_dir: gets `samples/step-*.png`, and at the end the samples themselves.
         tracker: of rank 0.
         final: the evaluation at the end of the budget, with more samples.
+
+    Returns:
+        The metrics; empty on a rank that had no part in it.
     """
     settings = run.config.evaluation
-    with run.meter.timed("evaluation"), run.ema.applied(run.policy), run.accelerator.autocast():
+    crew = run_crew(run)
+    with run.meter.timed("evaluation"), averaged(run) as network, run.accelerator.autocast():
+        if crew.size == 1 and run.rank:
+            return {}
+        replay = run.replay if network is run.policy else None
         evaluation = evaluate(
-            run.replay or run.policy,
+            replay or network,
             config=run.config,
             dataset=run.dataset,
             schedule=run.schedule,
@@ -46,7 +59,31 @@ def evaluate_run(run: Run, run_dir: Path, tracker: Tracker, *, final: bool) -> d
             meter=run.meter,
             # The free rival is shown beside the result; during training it would cost half again.
             with_epsilon_scaling=final,
+            crew=crew,
         )
+    if run.rank == 0:
+        _keep(run, run_dir, tracker, evaluation, final=final)
+    return evaluation.metrics
+
+
+def run_crew(run: Run) -> Crew:
+    """Who makes an evaluation on the spot: all ranks, or rank 0 with `placement: inline`."""
+    if run.world_size == 1 or run.config.evaluation.placement == "inline":
+        return ALONE
+
+    def exchange(part: Any) -> list[Any]:
+        parts: list[Any] = [None] * run.world_size
+        torch.distributed.all_gather_object(parts, part)
+        return parts
+
+    return Crew(run.rank, run.world_size, exchange)
+
+
+def _keep(
+    run: Run, run_dir: Path, tracker: Tracker, evaluation: Evaluation, *, final: bool
+) -> None:
+    """Store and track the pictures, and at the end the samples; tell the notes."""
+    settings = run.config.evaluation
     for note in evaluation.notes:
         log.warning("step %d: %s", run.step, note)
     samples = evaluation.samples[max(settings.nfe)]
@@ -62,7 +99,6 @@ def evaluate_run(run: Run, run_dir: Path, tracker: Tracker, *, final: bool) -> d
             tensors = {f"nfe_{nfe}": images for nfe, images in evaluation.samples.items()}
             save_file({**tensors, "labels": evaluation.labels}, run_dir / FINAL_SAMPLES_FILE)
     tracker.log_image("samples", grid, step=run.step)
-    return evaluation.metrics
 
 
 def probe_run(run: Run) -> dict[str, float]:

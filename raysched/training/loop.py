@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +17,18 @@ import torch
 from raysched.config.run import RunConfig
 from raysched.errors import RunFailedError, UserError
 from raysched.models.weights import weights_sha256
-from raysched.training.budget import evaluation_due, learning_rate_at, probe_due
-from raysched.training.evaluate_step import evaluate_run, probe_run, save_final
+from raysched.training.budget import (
+    agree_on_seconds,
+    evaluation_due,
+    learning_rate_at,
+    probe_due,
+)
+from raysched.training.costs import Costs
+from raysched.training.evaluate_step import probe_run, save_final
+from raysched.training.evaluations import Evaluations, Moment
 from raysched.training.files import write_json
 from raysched.training.keeper import Keeper
-from raysched.training.protocols import Report, RunStatus, Tracker
+from raysched.training.protocols import Evaluator, Report, RunStatus, Tracker
 from raysched.training.result import RESULT_FILE, RunResult
 from raysched.training.run_folder import MetricsLog
 from raysched.training.setup import Run, build_run
@@ -44,12 +51,14 @@ class Progress:
         window: sums of the step metrics since the last logged point.
         window_steps: steps in the window.
         seconds: wall time of the run so far, evaluations included, pauses not.
+        pending: moments whose evaluation beside the training is not recorded yet.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     window: dict[str, float] = field(default_factory=dict)
     window_steps: int = 0
     seconds: float = 0.0
+    pending: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, metrics: dict[str, float]) -> None:
         """Take up the metrics of one step."""
@@ -65,7 +74,14 @@ class Progress:
         return means
 
 
-def train_loop(config: RunConfig, *, run_dir: Path, report: Report, tracker: Tracker) -> RunResult:
+def train_loop(
+    config: RunConfig,
+    *,
+    run_dir: Path,
+    report: Report,
+    tracker: Tracker,
+    evaluator: Evaluator | None = None,
+) -> RunResult:
     """Train until the budget is spent, a stop is asked for, or the loss is no number.
 
     Args:
@@ -73,6 +89,7 @@ def train_loop(config: RunConfig, *, run_dir: Path, report: Report, tracker: Tra
         run_dir: the run's folder; its `.stop` file ends the loop.
         report: called on every rank after each evaluation.
         tracker: of rank 0; the others get one that does nothing.
+        evaluator: of rank 0, for `evaluation.placement: background`.
 
     Returns:
         The same result on every rank.
@@ -80,7 +97,7 @@ def train_loop(config: RunConfig, *, run_dir: Path, report: Report, tracker: Tra
     Raises:
         StorageError: a checkpoint can't be written; earlier ones are kept.
     """
-    loop = Loop(build_run(config), run_dir, report, tracker)
+    loop = Loop(build_run(config), run_dir, report, tracker, evaluator)
     loop.restore()
     try:
         return loop.finish(loop.until_end(), None)
@@ -94,11 +111,20 @@ def train_loop(config: RunConfig, *, run_dir: Path, report: Report, tracker: Tra
 class Loop:
     """One rank's run of the loop."""
 
-    def __init__(self, run: Run, run_dir: Path, report: Report, tracker: Tracker) -> None:
+    def __init__(
+        self,
+        run: Run,
+        run_dir: Path,
+        report: Report,
+        tracker: Tracker,
+        evaluator: Evaluator | None = None,
+    ) -> None:
         self.run, self.run_dir, self.report, self.tracker = run, run_dir, report, tracker
         self.progress = Progress()
         self.stop = StopWatch(run_dir)
         self.keeper = Keeper(run, run_dir)
+        self.costs = Costs(run)
+        self.evaluations = Evaluations(run, run_dir, tracker, evaluator, self._publish)
         self._started = time.monotonic()
 
     @property
@@ -116,8 +142,12 @@ class Loop:
         checkpoint = self.keeper.restore()
         if checkpoint is not None:
             self.progress = Progress(**checkpoint.state["progress"])
+        pending = [Moment(**moment) for moment in self.progress.pending]
+        self.evaluations.restore(pending)
         if self.is_main:
-            self.points = MetricsLog(self.run_dir, last_step=self.run.step)
+            again = {moment.step for moment in pending}
+            self.points = MetricsLog(self.run_dir, last_step=self.run.step, again=again)
+        self.costs.restart()
 
     def until_end(self) -> RunStatus:
         """Step until the budget is spent or a stop is asked for."""
@@ -127,6 +157,7 @@ class Loop:
             if request is not None:
                 self.save()
                 return request
+            self.evaluations.collect()
             before = (run.fraction, run.meter.forward_equivalents)
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate_at(run.config.optimizer, before[0])
@@ -138,26 +169,32 @@ class Loop:
             if self.is_main and probe_due(run.config, before[1], after[1]):
                 self._probe()
             if evaluation_due(run.config, before, after):
-                self._evaluate(final=after[0] >= 1.0)
+                self.evaluations.make(self._moment(), final=after[0] >= 1.0)
             if run.step % training.checkpoint_every_steps == 0 and after[0] < 1.0:
                 self.save()
+        self.evaluations.collect(everything=True)
         self.save()
         return "finished"
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one already."""
-        self.keeper.save({**vars(self.progress), "seconds": self.seconds})
+        pending = [asdict(moment) for moment in self.evaluations.pending]
+        self.keeper.save({**vars(self.progress), "seconds": self.seconds, "pending": pending})
 
     def finish(self, status: RunStatus, error: str | None) -> RunResult:
         """Write what a finished run leaves behind, close the tracker, and sum up."""
         self.keeper.on_disk(failed=status == "failed")
+        self.evaluations.close(finished=status == "finished")
         if status == "finished" and self.is_main:
             save_final(self.run, self.run_dir)
         result = RunResult(
             status=status,
             output_dir=str(self.run_dir),
             metrics=dict(self.progress.metrics),
-            compute=compute_summary(self.run, self.run_dir, self.seconds),
+            compute={
+                **compute_summary(self.run, self.run_dir, self.seconds),
+                **self.costs.total(),
+            },
             weights_sha256=weights_sha256(self.run.policy.state_dict()),
             error=error,
         )
@@ -176,6 +213,8 @@ class Loop:
                 "optimizer.max_grad_norm, or use training.precision: bf16 or fp32"
             )
         self.run.step += 1
+        if self.run.world_size > 1 and self.run.config.training.budget.seconds is not None:
+            agree_on_seconds(self.run.meter, self.run.device)
         self.progress.add(result.metrics())
 
     def _agree_on_stop(self) -> Literal["stopped", "pruned"] | None:
@@ -191,35 +230,38 @@ class Loop:
     def _log(self, metrics: dict[str, float]) -> None:
         run = self.run
         metrics = {**metrics, **{f"compute/{k}": v for k, v in run.meter.summary().items()}}
+        metrics |= {f"compute/{k}": v for k, v in self.costs.window().items()}
+        metrics["compute/fraction"] = run.fraction
         metrics["train/learning_rate"] = run.optimizer.param_groups[0]["lr"]
-        self._record(metrics)
+        self._record(metrics, self._moment())
 
-    def _record(self, metrics: dict[str, float]) -> None:
+    def _moment(self) -> Moment:
+        run = self.run
+        return Moment(run.step, run.meter.forward_equivalents, run.fraction, self.seconds)
+
+    def _record(self, metrics: dict[str, float], moment: Moment) -> None:
         if not self.is_main:
             return
-        spent = self.run.meter.forward_equivalents
-        self.points.append(
-            metrics, step=self.run.step, forward_equivalents=spent, seconds=self.seconds
-        )
-        self.tracker.log_metrics(metrics, step=self.run.step, forward_equivalents=spent)
+        step, spent = moment.step, moment.forward_equivalents
+        self.points.append(metrics, step=step, forward_equivalents=spent, seconds=moment.seconds)
+        self.tracker.log_metrics(metrics, step=step, forward_equivalents=spent)
 
     def _probe(self) -> None:
         metrics = probe_run(self.run)
         if metrics:
             self.progress.metrics.update(metrics)
-            self._record(metrics)
+            self._record(metrics, self._moment())
 
-    def _evaluate(self, *, final: bool) -> None:
-        run = self.run
-        metrics: dict[str, float] = {}
-        if self.is_main:
-            metrics = evaluate_run(run, self.run_dir, self.tracker, final=final)
+    def _publish(self, metrics: dict[str, float], moment: Moment) -> None:
+        """Record and report an evaluation at the moment that it belongs to."""
+        if self.is_main and metrics:
             self.progress.metrics.update(metrics)
-            self._record(metrics)
+            self._record(metrics, moment)
         everything: dict[str, Any] = {
             **metrics,
-            "step": run.step,
-            "compute/forward_equivalents": run.meter.forward_equivalents,
-            "compute/fraction": run.fraction,
+            "step": moment.step,
+            "compute/forward_equivalents": moment.forward_equivalents,
+            "compute/fraction": moment.fraction,
         }
-        self.report(everything)
+        with self.run.meter.timed("evaluation"):
+            self.report(everything)

@@ -16,7 +16,8 @@ from torch import Tensor
 from raysched.config.run import RunConfig
 from raysched.diffusion.compute import GRADIENT_COST
 from raysched.diffusion.forecast import StepForecast, forecast_run
-from raysched.evaluation.evaluate import CONSISTENCY_FACTOR, CONSISTENCY_SAMPLES, evaluate
+from raysched.evaluation.evaluate import evaluate
+from raysched.evaluation.samples import CONSISTENCY_FACTOR, CONSISTENCY_SAMPLES
 from raysched.evaluation.sampling import num_evaluations, num_steps
 from raysched.models.checkpoint_files import GROUPS
 from raysched.training.optimizer_state import optimizer_tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -14,6 +15,30 @@ RunStatus = Literal["finished", "stopped", "pruned", "failed"]
 
 # Called on every rank after each evaluation, with the metrics of rank 0 there.
 Report = Callable[[Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class EvaluationEnd:
+    """How an evaluation beside the training ended.
+
+    Attributes:
+        error: why it failed, in one line; None if there is a result.
+    """
+
+    error: str | None = None
+
+
+class Evaluator(Protocol):
+    """Evaluates snapshots of the EMA weights beside the training, one at a time."""
+
+    def start(self, folder: Path) -> None:
+        """Begin with a snapshot; returns at once."""
+
+    def poll(self, timeout_s: float) -> EvaluationEnd | None:
+        """How it ended; None while it runs, after at most `timeout_s`."""
+
+    def close(self) -> None:
+        """Stop whatever runs; it may be started again."""
 
 
 class Tracker(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +180,21 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class MetricsLog:
     """`metrics.jsonl`: one line per logged point, also without any tracking server."""
 
-    def __init__(self, run_dir: Path, *, last_step: int) -> None:
-        """Open the log; points after `last_step` are of work that was lost, and are dropped."""
+    def __init__(self, run_dir: Path, *, last_step: int, again: Collection[int] = ()) -> None:
+        """Open the log; points after `last_step` are of work that was lost, and are dropped.
+
+        Args:
+            run_dir: the run's folder.
+            last_step: the step that the run goes on from.
+            again: steps whose evaluation is recorded anew.
+        """
         self._path = run_dir / METRICS_FILE
-        kept = [point for point in read_metrics(run_dir) if point["step"] <= last_step]
+        kept = [
+            point
+            for point in read_metrics(run_dir)
+            if point["step"] <= last_step
+            and not (point["step"] in again and "quality/q" in point["metrics"])
+        ]
         with storage_errors(self._path, "writing metrics"):
             temporary = self._path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(p) + "\n" for p in kept), encoding="utf-8")
@@ -209,7 +220,10 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All complete points of a run's log, in order."""
+    """All complete points of a run's log, in the order of their steps.
+
+    In the file an evaluation that was made beside the training follows the points of later steps.
+    """
     path = run_dir / METRICS_FILE
     if not path.is_file():
         return []
@@ -220,4 +234,4 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             # A kill tore this line; it can only be the last one before a resume.
             continue
-    return points
+    return sorted(points, key=lambda point: int(point["step"]))

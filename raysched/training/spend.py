@@ -26,6 +26,8 @@ def compute_summary(run: Run, run_dir: Path, wall_seconds: float) -> dict[str, f
     """
     return {
         **run.meter.summary(),
+        # The part of the evaluations' forwards that other processes spent beside the training.
+        "background_seconds": run.meter.seconds("background"),
         "steps": float(run.step),
         "samples": float(run.step * run.config.training.batch_size),
         "seconds": training_seconds(run.meter),

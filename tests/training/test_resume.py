@@ -18,6 +18,7 @@ from raysched.config.loading import write_yaml
 from raysched.errors import ConfigError, DataError, StorageError
 from raysched.models.checkpoint_files import NewerFormatError
 from raysched.training.checkpoint import checkpoint_folders, load_checkpoint
+from raysched.training.costs import is_timing
 from raysched.training.protocols import NullTracker
 from raysched.training.run_folder import open_run_folder, read_metrics
 from raysched.training.stop import request_stop
@@ -49,7 +50,7 @@ def without_times(points):
     return [
         {
             "step": point["step"],
-            "metrics": {k: v for k, v in point["metrics"].items() if "seconds" not in k},
+            "metrics": {k: v for k, v in point["metrics"].items() if not is_timing(k)},
         }
         for point in points
     ]
