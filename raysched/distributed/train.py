@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from raysched.config.paths import anchored, user_path
 from raysched.config.run import RunConfig
 from raysched.distributed.launch import run_training
+from raysched.distributed.live import live_status, speed_words
 from raysched.signals import STOP
 from raysched.training.fetch import check_storage, prepare_storage, stored_run_name
 from raysched.training.protocols import Tracker
@@ -67,13 +68,18 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
         console.print(f"run folder: {run_dir}", soft_wrap=True)
         STOP.register(on_signal)
         at_end.callback(STOP.unregister, on_signal)
-        with _tracking(config, run_dir, console) as make_tracker:
+        with (
+            _tracking(config, run_dir, console) as make_tracker,
+            live_status(console, run_dir),
+        ):
             result = run_training(
                 config,
                 run_dir=run_dir,
                 report=functools.partial(_print_evaluation, console),
                 make_tracker=make_tracker,
             )
+    for words in speed_words(result.compute):
+        console.print(words, soft_wrap=True, highlight=False)
     for note in result.notes:
         console.print(f"warning: {note}", soft_wrap=True, highlight=False)
     return result

@@ -20,6 +20,8 @@ from raysched.training.result import RESULT_FILE
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+# The newest points are within this; one takes about two thousand.
+LAST_BYTES = 32_768
 DRIVER_LOCK, WRITER_LOCK = ".lock", ".writer.lock"
 # Written by the tracker, whose business it is; checkpoints carry it to other machines.
 TRACKING_RECORD = "tracking/run.json"
@@ -217,6 +219,24 @@ class MetricsLog:
         }
         with storage_errors(self._path, "writing metrics"), self._path.open("a") as stream:
             stream.write(json.dumps(point) + "\n")
+
+
+def read_last_point(run_dir: Path) -> dict[str, Any] | None:
+    """The newest logged point of a run's training, without reading all of the log."""
+    path = run_dir / METRICS_FILE
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(path.stat().st_size - LAST_BYTES, 0))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        if '"train/loss"' not in line:
+            continue
+        with contextlib.suppress(json.JSONDecodeError):
+            point: dict[str, Any] = json.loads(line)
+            return point
+    return None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
