@@ -85,7 +85,11 @@ def measure_speed(run: Run, config: RunConfig) -> Speed:
 
 
 def evaluation_seconds(run: Run, speed: Speed, count: int) -> float:
-    """Time of all evaluations, from a real one where that is quick."""
+    """Time that training waits for evaluations, from a real one where that is quick.
+
+    Workers that share an evaluation are taken to be done at once; one beside the training costs
+    nothing here, but the last one is never beside it.
+    """
     settings = run.config.evaluation
     if not count:
         return 0.0
@@ -104,7 +108,10 @@ def evaluation_seconds(run: Run, speed: Speed, count: int) -> float:
                 with_epsilon_scaling=False,
             )
         per_forward = (time.perf_counter() - start) / usual
-    return per_forward * ((count - 1) * usual + final)
+    placement, workers = settings.placement, max(run.config.scaling.num_workers, 1)
+    shared = 1 if placement == "inline" else workers
+    beside = placement == "background"
+    return per_forward * ((0 if beside else count - 1) * usual + final) / shared
 
 
 def _evaluation_forwards(config: RunConfig, num_samples: int, *, final: bool) -> int:

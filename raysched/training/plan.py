@@ -53,7 +53,7 @@ class Plan:
         fe_per_step_end: FE of the last step.
         seconds_per_forward_equivalent: mean over the run.
         seconds_per_step: mean over the run.
-        evaluation_seconds: all evaluations together, on top of `seconds`.
+        evaluation_seconds: all evaluations that training waits for, on top of `seconds`.
         num_evaluations: how many there will be.
         checkpoint_bytes: one checkpoint; while one is written there is one more than are kept.
         pipeline_bytes: about as much for the exported pipeline.
@@ -202,6 +202,11 @@ def _notes(config: RunConfig, device: torch.device) -> tuple[str, ...]:
         notes.append(
             f"Time and memory are those of one of {workers} workers, measured alone in this "
             "process: summing the gradients between them is not included."
+        )
+    if config.evaluation.enabled and config.evaluation.placement == "background":
+        notes.append(
+            "Evaluations beside the training are not included, only the last one; where they have "
+            "no core or GPU of their own they slow the training down."
         )
     if config.scaling.use_gpu and device.type != "cuda":
         notes.append("The workers will have GPUs, and this machine has none: time is the CPU's.")
