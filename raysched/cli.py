@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from raysched.arguments import join_values, split_arguments
-from raysched.commands import Json, Work, export, probe, sample
+from raysched.commands import Json, Work, compare, export, probe, sample, ui
 from raysched.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
 from raysched.outcome import Outcome, mute, report, stopped_early, usage_failure, warn
 from raysched.signals import STOP
@@ -133,6 +133,8 @@ app.command(epilog="Example: raysched export runs/digits_flow-20260101-120000 --
     export
 )
 app.command(epilog="Example: raysched probe runs/with-rollouts runs/without-rollouts")(probe)
+app.command(epilog="Example: raysched compare runs/digits-rollout-20260101-120000")(compare)
+app.command(epilog="Example: raysched ui runs/digits-rollout-20260101-120000")(ui)
 
 
 @app.command(

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from raysched.outcome import Outcome, warn
+from raysched.signals import STOP
 
 SolverName = Literal["euler", "unipc", "dpm", "rk4"]
 Work = Callable[[], Outcome]
@@ -131,5 +132,57 @@ def export(
         result = export_run(source, out, weights)
         warn(list(result.notes))
         return Outcome(result.as_json(), f"pipeline: {result.folder}")
+
+    return work
+
+
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs or sweeps.")
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="Folder of the pictures; default: compare/ in the first.")
+    ] = None,
+    as_json: Json = False,
+) -> Work:
+    """Compare runs without a browser: settings that differ, quality, compute, samples."""
+
+    def work() -> Outcome:
+        from pathlib import Path
+
+        from raysched.report.compare_runs import compare_runs
+
+        result = compare_runs([Path(run) for run in runs], out=Path(out) if out else None)
+        warn(list(result.notes))
+        return Outcome(result.as_json(), result.as_text())
+
+    return work
+
+
+def ui(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="A run's or sweep's folder; default: runs/ here."),
+    ] = None,
+    uri: Annotated[str | None, typer.Option(help="The MLflow store; default: the run's.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 finds a free one.")] = 5000,
+    as_json: Json = False,
+) -> Work:
+    """Open MLflow's pages on the store of a run, until Ctrl-C."""
+
+    def work() -> Outcome:
+        STOP.install()
+        import sys
+        from pathlib import Path
+
+        from raysched.tracking.ui import find_page, serve
+
+        def ready(url: str) -> None:
+            print(f"MLflow: {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+
+        page = find_page(Path(run) if run else None, uri, Path.cwd())
+        url = serve(page, host=host, port=port, ready=ready, asked_to_stop=lambda: STOP.requested)
+        return Outcome({"url": url})
 
     return work

@@ -47,7 +47,7 @@ def sample_sheet(blocks: Sequence[Block]) -> NDArray[np.uint8]:
                 max_images=columns * ROWS_PER_BLOCK,
             )
             strips.append((_title(trial, nfe), grid))
-    return _stacked(strips)
+    return stacked(strips)
 
 
 def _title(trial: TrialRecord, nfe: int) -> str:
@@ -56,7 +56,8 @@ def _title(trial: TrialRecord, nfe: int) -> str:
     return f"{nfe} network evaluations, {name}{quality}"
 
 
-def _stacked(strips: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.uint8]:
+def stacked(strips: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.uint8]:
+    """Titled pictures (h, w, 3) one below the other, as one (height, width, 3) uint8."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=FONT_SIZE)
