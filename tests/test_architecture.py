@@ -40,6 +40,8 @@ ONLY_IN = {
     "accelerate": {"training"},
     "typer": {"cli", "commands"},
 }
+# Code that is copied out with a logged model and runs where raysched isn't installed.
+TRAVELS = {"raysched.tracking.pyfunc_code": {"diffusers"}}
 # Rooms that get by on the standard library and little else.
 NOTHING_BUT = {
     "errors": set[str](),
@@ -108,7 +110,7 @@ def test_a_module_imports_only_from_rows_above_its_own(module: str) -> None:
 def test_a_library_is_used_only_in_its_rooms(module: str) -> None:
     used = {name.split(".")[0] for name in imports(module, modules()[module])}
     wrong = {name for name in used & ONLY_IN.keys() if room(module) not in ONLY_IN[name]}
-    assert wrong == set()
+    assert wrong - TRAVELS.get(module, set()) == set()
 
 
 @pytest.mark.parametrize("module", [m for m in modules() if room(m) in NOTHING_BUT])
