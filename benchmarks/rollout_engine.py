@@ -42,7 +42,7 @@ from raysched.diffusion.randomness import uniforms
 from raysched.diffusion.rollout import LaneNetwork, plan_calls, rollout
 from raysched.diffusion.schedules import NoiseSchedule
 from raysched.models.networks import build_network
-from raysched.models.tracing import trace_forward
+from raysched.models.tracing import TracedForward, trace_forward
 from raysched.training.allocator import keep_freed_memory
 
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
@@ -89,13 +89,6 @@ class Job:
 
     def _draw(self, step: int) -> RolloutPlan:
         return draw_plan(self.config, self.schedule, self.target_u, 0, step, self.indices)
-
-    def call(self, *, sample: Tensor, timestep: Tensor, lanes: Tensor) -> Tensor:
-        """The network as the engine calls it."""
-        out: Tensor = self.replay(
-            sample=sample, timestep=timestep, class_labels=self.labels[lanes]
-        )
-        return out
 
     def engine(self, network: LaneNetwork) -> None:
         """Everything that a training step pays for its rollouts."""
@@ -153,6 +146,31 @@ class Job:
         self.network.zero_grad(set_to_none=True)
 
 
+class RecordedLanes:
+    """The network as training hands it to the engine."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __call__(
+        self, *, sample: Tensor, timestep: Tensor, lanes: Tensor, given: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """Predict; with `given` at the price of what depends on the sample."""
+        known = {"given": given} if given else {}
+        labels = self._job.labels[lanes]
+        out: Tensor = self._job.replay(
+            sample=sample, timestep=timestep, class_labels=labels, **known
+        )
+        return out
+
+    def prepare(self, timestep: Tensor, lanes: Tensor) -> tuple[Tensor, ...]:
+        """What depends on times and labels alone."""
+        if not isinstance(self._job.replay, TracedForward):
+            return ()
+        shape, labels = self._job.x0.shape[1:], self._job.labels[lanes]
+        return self._job.replay.prepare(shape, timestep, labels)
+
+
 def seconds(work: Callable[[], Any]) -> float:
     """Time of one call."""
     start = CLOCK["now"]()
@@ -175,7 +193,7 @@ def measure(model: str, options: argparse.Namespace, accumulation: int) -> dict[
     repeats = max(min(options.repeats, 5), options.repeats // accumulation)
     for repeat in range(repeats + 1):
         limit = seconds(lambda: job.full_batches(job.replay))
-        engine = seconds(lambda: job.engine(job.call))
+        engine = seconds(lambda: job.engine(RecordedLanes(job)))
         same = seconds(lambda: job.bare_calls(num_calls))
         free = seconds(lambda: job.engine(free_network))
         limit = 0.5 * (limit + seconds(lambda: job.full_batches(job.replay)))

@@ -80,6 +80,7 @@ def measure(options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
     batch_module.draw_plan = planning.wrap(batch_module.draw_plan)
     plain.policy.eval()
     rolled.predict = network.wrap(rolled.predict)  # type: ignore[method-assign]
+    rolled.prepare = network.wrap(rolled.prepare)  # type: ignore[method-assign]
     ratios, over_eager, shares = [], [], []
     for step in range(options.repeats + 2):
         before = (rolled.meter.rollout, planning.seconds, network.seconds)

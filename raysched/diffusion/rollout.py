@@ -16,7 +16,7 @@ Legend: B samples, L lanes, W forwards in all, E kept states, D… sample dims.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,7 +45,9 @@ class LaneNetwork(Protocol):
     def __call__(self, *, sample: Tensor, timestep: Tensor, lanes: Tensor) -> Tensor:
         """Predict: sample (n, D…), timestep (n,), lanes (n,) int64 sample numbers -> (n, D…).
 
-        Under guidance, lane B + i is sample i without its label.
+        Under guidance, lane B + i is sample i without its label. A network with a method
+        `prepare(timestep, lanes)`, (W,) each, is asked once for tensors of W rows that do not
+        depend on the sample, and gets each call's rows of them as `given`.
         """
 
 
@@ -118,6 +120,7 @@ def _run(
         for row in program.rows
     }
     kept = None if calls.kept is None else start.new_empty(len(calls.kept.rows), start.shape[1])
+    given = _prepared(network, calls)
     for call, (begin, end) in enumerate(zip(calls.bounds[:-1], calls.bounds[1:], strict=True)):
         rows = calls.rows[begin:end]
         active = state if calls.in_step else {r: v.index_select(0, rows) for r, v in state.items()}
@@ -125,7 +128,7 @@ def _run(
             places, slots = calls.kept.of(call)
             kept.index_copy_(0, slots, active["x"].index_select(0, places).detach())
         sample = active["x"].view(-1, *shape)
-        out = _predict(network, sample, calls, call).flatten(1).to(start.dtype)
+        out = _predict(network, sample, calls, call, given).flatten(1).to(start.dtype)
         if begin == end:
             continue
         noise = None if calls.noise is None else calls.noise[begin:end]
@@ -138,7 +141,23 @@ def _run(
     return state["x"], kept
 
 
-def _predict(network: LaneNetwork, sample: Tensor, calls: CallPlan, call: int) -> Tensor:
+def _prepared(network: LaneNetwork, calls: CallPlan) -> list[tuple[Tensor, ...]]:
+    """Each call's rows of what the network makes of times and lanes alone; empty if nothing."""
+    prepare = getattr(network, "prepare", None)
+    if prepare is None or calls.guided is not None or calls.bucket > 1:
+        return []
+    sizes = [end - begin for begin, end in zip(calls.bounds[:-1], calls.bounds[1:], strict=True)]
+    whole = prepare(calls.timesteps, calls.samples) if min(sizes) else ()
+    return list(zip(*(part.split(sizes) for part in whole), strict=True))
+
+
+def _predict(
+    network: LaneNetwork,
+    sample: Tensor,
+    calls: CallPlan,
+    call: int,
+    given: list[tuple[Tensor, ...]],
+) -> Tensor:
     """One network call, with guidance and padding: (n, D…) -> (n, D…)."""
     begin, end = calls.bounds[call], calls.bounds[call + 1]
     timestep, lanes = calls.timesteps[begin:end], calls.samples[begin:end]
@@ -152,7 +171,8 @@ def _predict(network: LaneNetwork, sample: Tensor, calls: CallPlan, call: int) -
         sample = torch.cat([sample, sample.new_zeros(missing, *sample.shape[1:])])
         timestep = torch.cat([timestep, timestep.new_zeros(missing)])
         lanes = torch.cat([lanes, lanes.new_zeros(missing)])
-    out = network(sample=sample, timestep=timestep, lanes=lanes)
+    known: dict[str, Any] = {"given": given[call]} if given else {}
+    out = network(sample=sample, timestep=timestep, lanes=lanes, **known)
     if calls.guided is None:
         return out[: end - begin] if missing else out
     labelled, blind = out[: end - begin], out[end - begin : end - begin + len(twice)]

@@ -3,20 +3,23 @@
 A small network spends a third of a forward in Python, module by module. Rollouts and evaluation
 call one fixed forward thousands of times, so it is recorded once (torch.jit.trace) and replayed:
 the same operators on the same parameters, bit for bit, without the calls between them. The
-recording shares the network's weights; it follows every update.
+recording shares the network's weights; it follows every update. What it makes of times and
+labels alone can be had for all forwards of a rollout at once (`flattening.py`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from raysched.models.flattening import FlatForward, flatten_recording
 from raysched.models.networks import Denoiser
 
-Forward = Callable[..., Tensor]
+# A number of rows that no other dimension of a network is likely to have.
+_RECORDED_ROWS = 13
 
 
 class _Positional(nn.Module):
@@ -35,14 +38,45 @@ class _Positional(nn.Module):
 class TracedForward:
     """A network's forward in eval mode, replayed; called by keyword like the network."""
 
-    def __init__(self, recording: Forward) -> None:
-        self._recording = recording
+    def __init__(self, flat: FlatForward) -> None:
+        self._flat = flat
 
-    def __call__(self, *, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """Predict without gradient; (n, C, H, W), (n,), (n,) -> (n, C, H, W)."""
+    def __call__(
+        self,
+        *,
+        sample: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        given: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Predict without gradient; (n, C, H, W), (n,), (n,) -> (n, C, H, W).
+
+        `given` are rows of what `prepare` made of the same times and labels.
+        """
+        arguments = (sample, timestep, class_labels, *self._flat.parameters, *given)
+        run = self._flat.body if given and self._flat.body is not None else self._flat.whole
         # The optimizing executor would specialise on shapes, which change from call to call.
         with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return self._recording(sample, timestep, class_labels)
+            return run(*arguments)
+
+    def prepare(
+        self, shape: Sequence[int], timestep: Tensor, class_labels: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What the network makes of times and labels alone, for many forwards at once.
+
+        Args:
+            shape: (C, H, W) of a sample.
+            timestep: (W,).
+            class_labels: (W,).
+
+        Returns:
+            Tensors of W rows each, `given` to the forwards; none if the network has no such part.
+        """
+        if self._flat.head is None or not len(timestep):
+            return ()
+        anything = timestep.new_zeros(1).expand(len(timestep), *shape)
+        with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            return self._flat.head(anything, timestep, class_labels, *self._flat.parameters)
 
 
 def trace_forward(network: Denoiser, shape: tuple[int, int, int]) -> TracedForward | None:
@@ -66,18 +100,29 @@ def trace_forward(network: Denoiser, shape: tuple[int, int, int]) -> TracedForwa
             # The tracer warns of each shape that it takes for a constant; the check decides.
             warnings.simplefilter("ignore")
             recording = torch.jit.trace(  # type: ignore[no-untyped-call]
-                _Positional(network), _inputs(2, shape), check_trace=False
+                _Positional(network), _inputs(_RECORDED_ROWS, shape), check_trace=False
             )
-            traced = TracedForward(recording)
-            sample, timestep, labels = _inputs(5, shape)
-            arguments = {"sample": sample, "timestep": timestep, "class_labels": labels}
-            same = torch.equal(traced(**arguments), network(**arguments))
-    except RuntimeError:
-        # torch.jit's way of saying that the recording does not fit another batch size.
+            traced = TracedForward(flatten_recording(recording, _RECORDED_ROWS))
+            same = _replays(traced, network, shape)
+    except (RuntimeError, AttributeError):
+        # torch.jit's way of saying that the recording does not fit another batch size, or that
+        # this version of torch has none of the graph passes.
         return None
     finally:
         network.train(training)
     return traced if same else None
+
+
+def _replays(traced: TracedForward, network: Denoiser, shape: tuple[int, int, int]) -> bool:
+    """Whether the replay, whole and in two parts, gives the network's own bits."""
+    sample, timestep, labels = _inputs(5, shape)
+    expected = network(sample=sample, timestep=timestep, class_labels=labels)
+    given = traced.prepare(shape, timestep, labels)
+    whole, in_parts = (
+        traced(sample=sample, timestep=timestep, class_labels=labels, given=known)
+        for known in ((), given)
+    )
+    return torch.equal(whole, expected) and torch.equal(in_parts, expected)
 
 
 def _inputs(count: int, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from raysched.diffusion.parameterization import add_noise
 from raysched.diffusion.programs import solver_program
 from raysched.diffusion.randomness import generator, normals
 from raysched.diffusion.reuse import PassedStates
-from raysched.diffusion.rollout import LaneNetwork, plan_calls, rollout
+from raysched.diffusion.rollout import plan_calls, rollout
 from raysched.training.batch import Batch
 from raysched.training.setup import Run
 
@@ -95,7 +95,7 @@ def _made(
         torch.manual_seed(seed)
     run.policy.train(settings.dropout)
     result = rollout(
-        lane_network(run, batch),
+        PolicyNetwork(run, batch),
         x_source,
         calls,
         x_t if with_clean else None,
@@ -162,16 +162,25 @@ def _most_calls(run: Run, batch: Batch, capacity: int, with_clean: bool) -> int:
     return max(needed)
 
 
-def lane_network(run: Run, batch: Batch) -> LaneNetwork:
+class PolicyNetwork:
     """The policy with the batch's labels built in; lane b + i is sample i without its label."""
-    blind = torch.full_like(batch.labels, run.dataset.num_classes)
-    labels = torch.cat([batch.labels, blind])
-    average = run.config.rollout.policy == "ema"
 
-    def network(*, sample: Tensor, timestep: Tensor, lanes: Tensor) -> Tensor:
-        return run.predict(sample, timestep, labels[lanes], average=average)
+    def __init__(self, run: Run, batch: Batch) -> None:
+        blind = torch.full_like(batch.labels, run.dataset.num_classes)
+        self._run, self._labels = run, torch.cat([batch.labels, blind])
+        self._average = run.config.rollout.policy == "ema"
 
-    return network
+    def __call__(
+        self, *, sample: Tensor, timestep: Tensor, lanes: Tensor, given: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """Predict: (n, C, H, W), (n,), (n,) -> (n, C, H, W)."""
+        known = {"given": given} if given else {}
+        labels = self._labels[lanes]
+        return self._run.predict(sample, timestep, labels, average=self._average, **known)
+
+    def prepare(self, timestep: Tensor, lanes: Tensor) -> tuple[Tensor, ...]:
+        """What depends on times and labels (W,) alone."""
+        return self._run.prepare(timestep, self._labels[lanes], average=self._average)
 
 
 def ancestral_noise(run: Run, batch: Batch) -> NoiseSource:
@@ -194,7 +203,7 @@ def clean_predictions(run: Run, batch: Batch, x_t: Tensor) -> tuple[Tensor, Tens
     """
     chosen = torch.nonzero(batch.plan.rolled)[:, 0]
     timestep = run.schedule.model_time(batch.plan.target_u).to(x_t)
-    network, clean = lane_network(run, batch), torch.zeros_like(x_t)
+    network, clean = PolicyNetwork(run, batch), torch.zeros_like(x_t)
     run.policy.train(run.config.rollout.dropout)
     for part in _parts(chosen, micro_batch_size(run)):
         clean[part] = network(sample=x_t[part], timestep=timestep[part], lanes=part.to(x_t.device))

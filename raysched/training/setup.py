@@ -94,7 +94,13 @@ class Run:
         return twin
 
     def predict(
-        self, sample: Tensor, timestep: Tensor, class_labels: Tensor, *, average: bool = False
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        *,
+        average: bool = False,
+        given: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """The current weights' prediction without gradient sync, in fp32.
 
@@ -103,6 +109,7 @@ class Run:
             timestep: (n,), what the network gets (index, or 1000 t).
             class_labels: (n,), null class included.
             average: ask the EMA weights instead.
+            given: rows of what `prepare` made of these times and labels.
         """
         # float64 states exist in tests only; the network runs in its own precision.
         dtype = next(self.policy.parameters()).dtype
@@ -111,7 +118,19 @@ class Run:
             "timestep": timestep.to(dtype),
             "class_labels": class_labels,
         }
-        return self._forward(average)(**inputs).to(sample.dtype)
+        known = {"given": given} if given else {}
+        return self._forward(average)(**inputs, **known).to(sample.dtype)
+
+    def prepare(
+        self, timestep: Tensor, class_labels: Tensor, *, average: bool = False
+    ) -> tuple[Tensor, ...]:
+        """What the policy makes of times and labels (W,) alone; nothing where it can't be had."""
+        replay = self._forward(average)
+        if not isinstance(replay, TracedForward):
+            return ()
+        size, dtype = self.dataset.image_size, next(self.policy.parameters()).dtype
+        shape = (self.dataset.channels, size, size)
+        return replay.prepare(shape, timestep.to(dtype), class_labels)
 
     def _forward(self, average: bool) -> Callable[..., Tensor]:
         replayable = not (average or self.policy.training or torch.is_grad_enabled())
@@ -120,7 +139,7 @@ class Run:
 
         network = self.average.train(self.policy.training) if average else self.policy
 
-        def forward(**inputs: Tensor) -> Tensor:
+        def forward(**inputs: Any) -> Tensor:
             with self.accelerator.autocast():
                 return cast(Tensor, network(**inputs))
 

@@ -35,6 +35,13 @@ def test_a_replay_equals_the_network_for_any_batch_and_any_weights(settings):
             with torch.no_grad():
                 expected = network(**arguments(count))
             assert torch.equal(traced(**arguments(count)), expected)
+            many = {name: torch.cat([v, v]) for name, v in arguments(count).items()}
+            made = traced.prepare((1, 8, 8), many["timestep"], many["class_labels"])
+            assert made and all(len(part) == 2 * count for part in made)
+            given = [part[count:] for part in made]
+            garbage = torch.full((count,), torch.nan)
+            inputs = {**arguments(count), "timestep": garbage}
+            torch.testing.assert_close(traced(**inputs, given=given), expected)
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.mul_(1.1)

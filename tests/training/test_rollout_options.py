@@ -144,7 +144,7 @@ def test_a_reused_state_is_trained_on_at_its_own_time_towards_its_own_data():
     states = passed_states(batch.plan, run.schedule, run.config.scheduled_sampling)
     velocity = (batch.eps - batch.x0).clone()
 
-    def knowing(sample, timestep, class_labels, average=False):
+    def knowing(sample, timestep, class_labels, **options):
         found = []
         for row, time in zip(sample, timestep / 1000, strict=True):
             path = (1 - time) * batch.x0 + time * batch.eps
