@@ -251,7 +251,18 @@ def _null_class(c: RunConfig) -> str | None:
     return "needs a trained null class, but model.label_dropout is 0; guidance will be arbitrary"
 
 
+def _late_best(c: RunConfig) -> str | None:
+    if c.evaluation.placement != "background" or not c.training.keep_best:
+        return None
+    return (
+        "goes by evaluations that come late with evaluation.placement background: the checkpoint "
+        "kept is the first after the result, steps behind the weights that were evaluated; use "
+        "placement ranks"
+    )
+
+
 CAUTIONS: tuple[Rule, ...] = (
+    Rule("training.keep_best", ("evaluation.placement",), _late_best),
     Rule("evaluation.nfe", ("evaluation.sampler",), _rk4_nfe),
     Rule("training.device", ("scaling.use_gpu",), _needs_gpu),
     Rule("evaluation.guidance_scale", ("model.label_dropout",), _null_class),

@@ -8,21 +8,38 @@ order (a callback that talks to Tune directly can hang the trial).
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import logging
 import os
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raysched.config.run import RunConfig
-from raysched.distributed.runtime import cluster_cpus, ensure_ray
-from raysched.errors import ConfigError, RunFailedError, UserError
+from raysched.distributed.resources import PlacementWatch, check_resources
+from raysched.distributed.runtime import ensure_ray
+from raysched.distributed.watchdog import Watchdog, strike_in_cluster
+from raysched.errors import RunFailedError, UserError
+from raysched.training.events import note_event
+from raysched.training.heartbeat import Heartbeat, clear_beats
+from raysched.training.out_of_memory import (
+    StepMemoryError,
+    advice,
+    halved,
+    is_out_of_memory,
+    micro_batch,
+    recalled,
+    remember,
+)
 from raysched.training.protocols import Evaluator, NullTracker, Tracker
 from raysched.training.result import RunResult
 from raysched.training.run_folder import WRITER_LOCK, own_run_folder
 
+log = logging.getLogger(__name__)
 ReportCallback = Callable[[Mapping[str, float]], None]
 FATAL_FILE = ".fatal"
 # How often the caller looks whether the trainer's thread has ended.
@@ -39,6 +56,7 @@ class WorkerJob:
     run_dir: str
     attempt: str
     make_tracker: Callable[[], Tracker] | None
+    notes: tuple[str, ...] = ()
 
 
 def run_training(
@@ -60,41 +78,64 @@ def run_training(
         The result; failures of the run itself are in it (`status`, `error`).
 
     Raises:
-        ConfigError: the cluster has fewer CPUs than asked for.
+        ConfigError: the cluster has fewer CPUs or GPUs than asked for.
         RunFailedError: a worker was lost more often than `scaling.max_failures`.
+        StepMemoryError: memory ran out, and smaller micro-batches are not allowed or possible.
     """
-    job = WorkerJob(
-        config=config.model_dump(mode="json"),
-        run_dir=str(run_dir),
-        attempt=uuid.uuid4().hex,
-        make_tracker=make_tracker,
-    )
+    config, notes = recalled(config, run_dir), []
+    while True:
+        job = WorkerJob(
+            config=config.model_dump(mode="json"),
+            run_dir=str(run_dir),
+            attempt=uuid.uuid4().hex,
+            make_tracker=make_tracker,
+            notes=tuple(notes),
+        )
+        try:
+            result = _run_once(config, job, report)
+        except StepMemoryError as error:
+            smaller = halved(config)
+            if smaller is None:
+                raise
+            notes.append(
+                f"{str(error).partition(':')[0]}: out of memory at micro-batches of "
+                f"{micro_batch(config)} samples: went on at {micro_batch(smaller)} "
+                f"(training.gradient_accumulation {smaller.training.gradient_accumulation}, the "
+                "same global batch)"
+            )
+        else:
+            return replace(result, notes=[*notes, *result.notes])
+        _tell(run_dir, notes[-1])
+        config = smaller
+        remember(config, run_dir)
+        gc.collect()
+
+
+def _run_once(config: RunConfig, job: WorkerJob, report: ReportCallback) -> RunResult:
     if config.scaling.num_workers == 0:
         return _run_loop(job, report, rank=0)
     ensure_ray()
-    check_resources(config)
-    return _run_trainer(config, job, report)
+    check_resources(config.scaling, functools.partial(_tell, Path(job.run_dir)))
+    try:
+        return _run_trainer(config, job, report)
+    finally:
+        clear_beats(Path(job.run_dir))
 
 
-def check_resources(config: RunConfig) -> None:
-    """Refuse a run that the cluster could never place, instead of waiting for it in silence.
-
-    Raises:
-        ConfigError: says what is missing and how to ask for less.
-    """
-    scaling = config.scaling
-    need, have = scaling.num_workers * scaling.cpus_per_worker, cluster_cpus()
-    if need > have:
-        raise ConfigError(
-            f"scaling: {scaling.num_workers} workers × {scaling.cpus_per_worker} CPUs need {need} "
-            f"CPUs, the cluster has {have:g}: lower scaling.num_workers or scaling.cpus_per_worker"
-        )
+def _tell(run_dir: Path, text: str) -> None:
+    """Tell the user now, and the run's log for later."""
+    log.warning("%s", text)
+    note_event(run_dir, text)
 
 
 def _run_trainer(config: RunConfig, job: WorkerJob, report: ReportCallback) -> RunResult:
+    import ray
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    queue = Queue(actor_options={"num_cpus": 0})
+    # On this node: it must outlive those of the workers.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     trainer = _make_trainer(config, job, queue)
     outcome: dict[str, Any] = {}
 
@@ -107,15 +148,43 @@ def _run_trainer(config: RunConfig, job: WorkerJob, report: ReportCallback) -> R
     thread = threading.Thread(target=fit, name="raysched-trainer", daemon=True)
     thread.start()
     try:
-        _relay(queue, thread, report)
+        _relay(queue, thread, report, _watch(config, job))
     finally:
         queue.shutdown(force=True)
+    kind, message = _fatal(job)
+    if kind == StepMemoryError.__name__:
+        raise StepMemoryError(message)
     if "error" in outcome:
         raise _as_user_error(outcome["error"], Path(job.run_dir)) from outcome["error"]
     return RunResult(**outcome["result"].return_value)
 
 
-def _relay(queue: Any, thread: threading.Thread, report: ReportCallback) -> None:
+def _watch(config: RunConfig, job: WorkerJob) -> Callable[[], None]:
+    """What the driver looks after while it waits: hung workers, and a cluster without room."""
+    run_dir, scaling = Path(job.run_dir), config.scaling
+    limit = scaling.hang_timeout_s
+    dog = Watchdog(run_dir, job.attempt, limit, strike_in_cluster) if limit else None
+    placement = PlacementWatch(scaling)
+
+    def look() -> None:
+        hang = dog.look() if dog else None
+        if hang is not None:
+            _tell(run_dir, hang)
+        news, over = placement.look()
+        if over:
+            raise RunFailedError(
+                f"{run_dir}: {news}; waited {scaling.resource_timeout_s:g} s "
+                "(scaling.resource_timeout_s); what was computed is kept: go on with --resume"
+            )
+        if news is not None:
+            _tell(run_dir, news)
+
+    return look
+
+
+def _relay(
+    queue: Any, thread: threading.Thread, report: ReportCallback, look: Callable[[], None]
+) -> None:
     from ray.util.queue import Empty
 
     while True:
@@ -123,6 +192,7 @@ def _relay(queue: Any, thread: threading.Thread, report: ReportCallback) -> None
         try:
             report(queue.get(timeout=QUEUE_WAIT_S))
         except Empty:
+            look()
             if not alive:
                 return
 
@@ -132,10 +202,13 @@ def _make_trainer(config: RunConfig, job: WorkerJob, queue: Any) -> Any:
     from ray.train.torch import TorchTrainer
 
     class Relay(UserCallback):  # type: ignore[misc]
-        """Puts rank 0's metrics of every report into the queue."""
+        """Puts rank 0's metrics of every report into the queue; keeps an eye on failures."""
 
         def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:
             queue.put(metrics[0])
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
+            _note_failures(config, job, worker_exceptions)
 
     scaling = config.scaling
     return TorchTrainer(
@@ -167,10 +240,9 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     from raysched.training.result import RunResult as Result
 
     job: WorkerJob = settings["job"]
-    fatal = Path(job.run_dir) / FATAL_FILE
-    if fatal.is_file() and fatal.read_text(encoding="utf-8").startswith(job.attempt):
+    kind, message = _fatal(job)
+    if kind:
         # Ray Train starts the group again after any error; a user's mistake stays one.
-        message = fatal.read_text(encoding="utf-8").partition("\n")[2]
         return asdict(Result(status="failed", output_dir=job.run_dir, error=message))
     context = ray.train.get_context()
     try:
@@ -179,15 +251,48 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
             lambda metrics: ray.train.report(dict(metrics)),
             rank=context.get_world_rank(),
             threads=settings["threads"],
+            heart=_make_heart(job, context.get_world_rank()),
         )
     except UserError as error:
-        fatal.write_text(f"{job.attempt}\n{error}", encoding="utf-8")
+        _set_fatal(job, error)
         raise
     return asdict(result)
 
 
+def _set_fatal(job: WorkerJob, error: UserError) -> None:
+    """Keep an error that another start of the group would only meet again."""
+    # A disk that is full has no room for this file either; the error itself is on its way.
+    with contextlib.suppress(OSError):
+        text = f"{job.attempt}\n{type(error).__name__}\n{error}"
+        (Path(job.run_dir) / FATAL_FILE).write_text(text, encoding="utf-8")
+
+
+def _fatal(job: WorkerJob) -> tuple[str, str]:
+    """Class and message of this start's fatal error, empty without one."""
+    path = Path(job.run_dir) / FATAL_FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    attempt, _, rest = text.partition("\n")
+    kind, _, message = rest.partition("\n")
+    return (kind, message) if attempt == job.attempt else ("", "")
+
+
+def _note_failures(config: RunConfig, job: WorkerJob, errors: Mapping[int, Exception]) -> None:
+    """In the controller: log who was lost; memory that ran out is no matter of another start."""
+    for rank, error in sorted(errors.items()):
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        note_event(Path(job.run_dir), f"rank {rank} was lost: {last}")
+    killed = [error for error in errors.values() if is_out_of_memory(error)]
+    if killed and not _fatal(job)[0]:
+        _set_fatal(job, StepMemoryError(f"a worker was killed: {advice(config)}"))
+
+
 def _run_loop(
-    job: WorkerJob, report: ReportCallback, *, rank: int, threads: int | None = None
+    job: WorkerJob,
+    report: ReportCallback,
+    *,
+    rank: int,
+    threads: int | None = None,
+    heart: Heartbeat | None = None,
 ) -> RunResult:
     import torch
 
@@ -203,10 +308,34 @@ def _run_loop(
     owned = own_run_folder(run_dir, lock=WRITER_LOCK, timeout_s=WRITER_WAIT_S)
     with owned if is_main else contextlib.nullcontext():
         tracker = job.make_tracker() if job.make_tracker and is_main else NullTracker()
-        evaluator = _make_evaluator(config) if is_main else None
+        if job.notes:
+            accumulation = config.training.gradient_accumulation
+            tracker.set_tags(
+                {"raysched.out_of_memory": f"gradient_accumulation {accumulation} was needed"}
+            )
         return train_loop(
-            config, run_dir=run_dir, report=report, tracker=tracker, evaluator=evaluator
+            config,
+            run_dir=run_dir,
+            report=report,
+            tracker=tracker,
+            evaluator=_make_evaluator(config) if is_main else None,
+            heart=heart,
         )
+
+
+def _make_heart(job: WorkerJob, rank: int) -> Heartbeat | None:
+    import ray
+
+    timeout = RunConfig.model_validate(job.config).scaling.hang_timeout_s
+    if timeout is None:
+        return None
+    return Heartbeat(
+        Path(job.run_dir),
+        rank,
+        attempt=job.attempt,
+        node=ray.get_runtime_context().get_node_id(),
+        interval_s=min(timeout / 4, 5.0),
+    )
 
 
 def _make_evaluator(config: RunConfig) -> Evaluator | None:
@@ -227,11 +356,16 @@ def _as_user_error(error: BaseException, run_dir: Path) -> BaseException:
     """A clear message for what the workers raised; interrupts pass through."""
     if isinstance(error, UserError | KeyboardInterrupt | SystemExit):
         return error
+    failures = list(getattr(error, "worker_failures", {}).values())
+    known = [e for e in failures if isinstance(e, UserError)]
+    if known:
+        return known[0]
     reasons = [str(e) for e in getattr(error, "worker_failures", {}).values()] or [str(error)]
     first = reasons[0].strip().splitlines()
-    log = run_dir / "worker-error.txt"
-    log.write_text("\n\n".join(reasons) + os.linesep, encoding="utf-8")
+    everything = run_dir / "worker-error.txt"
+    with contextlib.suppress(OSError):
+        everything.write_text("\n\n".join(reasons) + os.linesep, encoding="utf-8")
     return RunFailedError(
         f"{run_dir}: the workers failed: {first[-1] if first else type(error).__name__} "
-        f"(all of it in {log}); what was computed is kept: go on with --resume"
+        f"(all of it in {everything}); what was computed is kept: go on with --resume"
     )

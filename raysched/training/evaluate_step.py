@@ -105,7 +105,7 @@ def probe_run(run: Run) -> dict[str, float]:
     """Exposure bias of the EMA weights, by few enough forwards; empty if none are affordable.
 
     Each probe may spend its share of one interval's compute, so all of them together never spend
-    more than that share of the training's.
+    more than that share of the training's. All ranks must call it; rank 0 does the work.
 
     Args:
         run: the run; only its meter changes.
@@ -116,7 +116,7 @@ def probe_run(run: Run) -> dict[str, float]:
     affordable = settings.probe_share * every
     num_samples = affordable_samples(affordable, len(run.dataset.holdout_indices))
     if num_samples == 0:
-        if run.meter.forward_equivalents < 2 * every:
+        if run.rank == 0 and run.meter.forward_equivalents < 2 * every:
             log.warning(
                 "evaluation.probe_every_forward_equivalents: a share of %g of %g pays for %d "
                 "forwards, a probe takes at least %d (and as many held-out images as samples), "
@@ -127,10 +127,12 @@ def probe_run(run: Run) -> dict[str, float]:
                 MIN_SAMPLES * FORWARDS_PER_SAMPLE,
             )
         return {}
-    with run.meter.timed("evaluation"), run.ema.applied(run.policy), run.accelerator.autocast():
+    with run.meter.timed("evaluation"), averaged(run) as network, run.accelerator.autocast():
+        if run.rank:
+            return {}
         try:
             return light_probe(
-                run.policy,
+                network,
                 config=run.config,
                 dataset=run.dataset,
                 schedule=run.schedule,
@@ -144,8 +146,10 @@ def probe_run(run: Run) -> dict[str, float]:
 
 
 def save_final(run: Run, run_dir: Path) -> None:
-    """Write the EMA weights as a diffusers pipeline folder."""
+    """Write the EMA weights as a diffusers pipeline folder; all ranks must call it."""
     from raysched.models.export import save_pipeline
 
-    with storage_errors(run_dir, "writing the pipeline"), run.ema.applied(run.policy):
-        save_pipeline(run_dir / PIPELINE_FOLDER, run.policy, run.config, run.dataset.class_names)
+    with averaged(run) as network, storage_errors(run_dir, "writing the pipeline"):
+        if run.rank == 0:
+            names = run.dataset.class_names
+            save_pipeline(run_dir / PIPELINE_FOLDER, network, run.config, names)

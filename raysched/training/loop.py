@@ -6,6 +6,7 @@ that holds checkpoints, it goes on from the newest complete one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +28,9 @@ from raysched.training.costs import Costs
 from raysched.training.evaluate_step import probe_run, save_final
 from raysched.training.evaluations import Evaluations, Moment
 from raysched.training.files import write_json
+from raysched.training.heartbeat import Heartbeat
 from raysched.training.keeper import Keeper
+from raysched.training.out_of_memory import memory_errors
 from raysched.training.protocols import Evaluator, Report, RunStatus, Tracker
 from raysched.training.result import RESULT_FILE, RunResult
 from raysched.training.run_folder import MetricsLog
@@ -81,6 +84,7 @@ def train_loop(
     report: Report,
     tracker: Tracker,
     evaluator: Evaluator | None = None,
+    heart: Heartbeat | None = None,
 ) -> RunResult:
     """Train until the budget is spent, a stop is asked for, or the loss is no number.
 
@@ -90,6 +94,7 @@ def train_loop(
         report: called on every rank after each evaluation.
         tracker: of rank 0; the others get one that does nothing.
         evaluator: of rank 0, for `evaluation.placement: background`.
+        heart: shows whoever watches that this rank gets on.
 
     Returns:
         The same result on every rank.
@@ -100,7 +105,9 @@ def train_loop(
     loop = Loop(build_run(config), run_dir, report, tracker, evaluator)
     loop.restore()
     try:
-        return loop.finish(loop.until_end(), None)
+        with heart.beating(loop.work) if heart else contextlib.nullcontext():
+            status = loop.until_end()
+        return loop.finish(status, None)
     except RunFailedError as failure:
         return loop.finish("failed", str(failure))
     except UserError:
@@ -137,6 +144,11 @@ class Loop:
         """Wall time of the run, earlier parts included."""
         return self.progress.seconds + time.monotonic() - self._started
 
+    def work(self) -> tuple[int, str]:
+        """Steps done, and a word that changes with every network call that is counted."""
+        meter = self.run.meter
+        return self.run.step, f"{self.run.step}/{meter.forward_equivalents}/{meter.evaluation}"
+
     def restore(self) -> None:
         """Go on from the newest complete checkpoint, if there is one."""
         checkpoint = self.keeper.restore()
@@ -161,12 +173,14 @@ class Loop:
             before = (run.fraction, run.meter.forward_equivalents)
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate_at(run.config.optimizer, before[0])
-            self._take(train_step(run, run.step))
+            with memory_errors(run.config, run.step + 1):
+                step = train_step(run, run.step)
+            self._take(step)
             self.keeper.check()
             after = (run.fraction, run.meter.forward_equivalents)
             if run.step % training.log_every_steps == 0 or after[0] >= 1.0:
                 self._log(self.progress.flush())
-            if self.is_main and probe_due(run.config, before[1], after[1]):
+            if probe_due(run.config, before[1], after[1]):
                 self._probe()
             if evaluation_due(run.config, before, after):
                 self.evaluations.make(self._moment(), final=after[0] >= 1.0)
@@ -185,7 +199,7 @@ class Loop:
         """Write what a finished run leaves behind, close the tracker, and sum up."""
         self.keeper.on_disk(failed=status == "failed")
         self.evaluations.close(finished=status == "finished")
-        if status == "finished" and self.is_main:
+        if status == "finished":
             save_final(self.run, self.run_dir)
         result = RunResult(
             status=status,

@@ -66,6 +66,11 @@ OTHERS = [
     ({"tracking": {"enabled": False, "uri": "x"}}, "tracking.uri"),
     ({"evaluation": {"sampler": "rk4", "nfe": [8, 10]}}, "evaluation.nfe"),
     ({"training": {"device": "cuda"}}, "training.device"),
+    (
+        {"training": {"keep_best": 2}, "evaluation": {"placement": "background"}},
+        "training.keep_best",
+    ),
+    ({"evaluation": {"placement": "ranks"}}, "evaluation.placement"),
 ]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from raysched.distributed.evaluation_task import RayEvaluator
-from raysched.distributed.launch import run_training
+from raysched.distributed.launch import check_background_gpu, run_training
+from raysched.errors import ConfigError
 from raysched.training.run_folder import open_run_folder, read_metrics
-from tests.training.runs import rollout_config, run_loop
+from tests.training.runs import rollout_config, run_loop, small_config
 
 SETTINGS = {"evaluation__enabled": True, "training__budget__steps": 60}
 
@@ -45,3 +46,16 @@ def test_a_task_that_fails_says_why(tmp_path, ray_session):
     end = evaluator.poll(60.0)
     assert end is not None, "no answer within 60 s"
     assert "job.json" in end.error
+
+
+@pytest.mark.ray
+def test_evaluations_beside_need_a_gpu_of_their_own(ray_session):
+    config = small_config(
+        scaling__num_workers=1,
+        scaling__use_gpu=True,
+        training__device="auto",
+        evaluation__enabled=True,
+        evaluation__placement="background",
+    )
+    with pytest.raises(ConfigError, match=r"one GPU beside those of the 1 workers, .* has 0"):
+        check_background_gpu(config)

@@ -76,7 +76,7 @@ def inline(tmp_path):
     return result, evaluations(tmp_path / "inline")
 
 
-@pytest.mark.parametrize("polls", [2, 4])
+@pytest.mark.parametrize("polls", [3, 5])
 def test_results_from_beside_are_those_of_inline_at_their_own_step(
     tmp_path, inline, polls, monkeypatch
 ):
