@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from raysched.config.run import RunConfig
+from raysched.errors import ConfigError
 from raysched.training.protocols import EvaluationEnd
 
 
@@ -64,6 +66,26 @@ class RayEvaluator:
         if self._running is not None:
             ray.cancel(self._running, force=True)
             self._running = None
+
+
+def check_background_gpu(config: RunConfig) -> None:
+    """Refuse evaluations beside the training where the workers take every GPU.
+
+    Raises:
+        ConfigError: says how many there are and what to use instead.
+    """
+    import ray
+
+    scaling, settings = config.scaling, config.evaluation
+    if not settings.enabled or settings.placement != "background" or not scaling.use_gpu:
+        return
+    have = int(ray.cluster_resources().get("GPU", 0))
+    if have <= scaling.num_workers:
+        raise ConfigError(
+            "evaluation.placement: background needs one GPU beside those of the "
+            f"{scaling.num_workers} workers, the cluster has {have}: use ranks, or lower "
+            "scaling.num_workers"
+        )
 
 
 def _evaluate(folder: str, num_threads: int) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raysched.config.run import RunConfig
+from raysched.distributed.evaluation_task import RayEvaluator, check_background_gpu
 from raysched.distributed.resources import PlacementWatch, check_resources
 from raysched.distributed.runtime import ensure_ray
 from raysched.distributed.watchdog import Watchdog, strike_in_cluster
@@ -116,6 +117,7 @@ def _run_once(config: RunConfig, job: WorkerJob, report: ReportCallback) -> RunR
         return _run_loop(job, report, rank=0)
     ensure_ray()
     check_resources(config.scaling, functools.partial(_tell, Path(job.run_dir)))
+    check_background_gpu(config)
     try:
         return _run_trainer(config, job, report)
     finally:
@@ -344,8 +346,6 @@ def _make_evaluator(config: RunConfig) -> Evaluator | None:
         return None
     scaling = config.scaling
     if scaling.num_workers:
-        from raysched.distributed.evaluation_task import RayEvaluator
-
         return RayEvaluator(scaling.cpus_per_worker, use_gpu=scaling.use_gpu)
     from raysched.training.evaluation_process import ProcessEvaluator
 

@@ -82,12 +82,13 @@ class _Spec:
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """One batch: pixels, which rows are finite, the first values as floats, and its forwards."""
+    """One batch: pixels, finite rows, the first values as floats, its forwards, who made it."""
 
     pixels: Tensor
     finite: Tensor
     values: Tensor
     num_forwards: int
+    maker: int
 
 
 class Sampler:
@@ -158,14 +159,22 @@ class Sampler:
         jobs = [
             Job(
                 self._evaluations(spec.nfe) * (min(first + size, spec.num_samples) - first),
-                functools.partial(self._batch, spec, first, min(size, spec.num_samples - first)),
+                functools.partial(
+                    self._batch,
+                    spec,
+                    first,
+                    min(size, spec.num_samples - first),
+                    meter or ComputeMeter(),
+                    crew.rank,
+                ),
             )
             for first, spec in places
         ]
         made: dict[_Spec, list[_Made]] = {spec: [] for spec in specs}
         for (_, spec), batch in zip(places, crew.do(jobs), strict=True):
             made[spec].append(batch)
-            if meter is not None:
+            # One's own are counted as they are made: whoever watches the meter sees it going on.
+            if meter is not None and batch.maker != crew.rank:
                 meter.forward("evaluation", batch.num_forwards)
         return made
 
@@ -174,8 +183,10 @@ class Sampler:
         steps = num_steps(nfe, settings.sampler, settings.guidance_scale)
         return num_evaluations(steps, settings.sampler, settings.guidance_scale)
 
-    def _batch(self, spec: _Spec, first: int, count: int) -> _Made:
-        settings, counted = self._config.evaluation, ComputeMeter()
+    def _batch(
+        self, spec: _Spec, first: int, count: int, meter: ComputeMeter, maker: int
+    ) -> _Made:
+        settings, before = self._config.evaluation, meter.evaluation
         values = generate(
             self._network,
             self._schedule,
@@ -188,13 +199,14 @@ class Sampler:
             null_class=self._num_classes,
             guidance_scale=settings.guidance_scale,
             epsilon_scaling=spec.epsilon_scaling,
-            meter=counted,
+            meter=meter,
         )
         return _Made(
             pixels=to_pixels(values.nan_to_num()),
             finite=values.isfinite().flatten(1).all(dim=1),
             values=values[: max(spec.keep_values - first, 0)].clone(),
-            num_forwards=counted.evaluation,
+            num_forwards=meter.evaluation - before,
+            maker=maker,
         )
 
 

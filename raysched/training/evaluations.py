@@ -74,6 +74,7 @@ class Evaluations:
 
     Attributes:
         pending: evaluations that are not recorded yet, oldest first.
+        looks: rises while one is waited for; a sign of life.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Evaluations:
         self._working: Path | None = None
         self._next_look = self._since = 0.0
         self.pending: list[Moment] = []
+        self.looks = 0
 
     def restore(self, pending: list[Moment]) -> None:
         """Take up what a checkpoint says was pending."""
@@ -145,6 +147,7 @@ class Evaluations:
 
     def _agree(self, ready: bool) -> bool:
         """Rank 0's view on every rank; only while something is pending."""
+        self.looks += 1
         if self._run.world_size == 1:
             return ready
         flag = torch.tensor([int(ready)], device=self._run.device)

@@ -147,7 +147,8 @@ class Loop:
     def work(self) -> tuple[int, str]:
         """Steps done, and a word that changes with every network call that is counted."""
         meter = self.run.meter
-        return self.run.step, f"{self.run.step}/{meter.forward_equivalents}/{meter.evaluation}"
+        spent = f"{meter.forward_equivalents}/{meter.evaluation}/{self.evaluations.looks}"
+        return self.run.step, f"{self.run.step}/{spent}"
 
     def restore(self) -> None:
         """Go on from the newest complete checkpoint, if there is one."""

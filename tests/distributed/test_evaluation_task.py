@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from raysched.distributed.evaluation_task import RayEvaluator
-from raysched.distributed.launch import check_background_gpu, run_training
+from raysched.distributed.evaluation_task import RayEvaluator, check_background_gpu
+from raysched.distributed.launch import run_training
 from raysched.errors import ConfigError
 from raysched.training.run_folder import open_run_folder, read_metrics
 from tests.training.runs import rollout_config, run_loop, small_config
