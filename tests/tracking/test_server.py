@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,47 +13,11 @@ import numpy as np
 import pytest
 
 from raysched.config.run import TrackingConfig
-from raysched.tracking import MlflowTracker, prepare_store, start_run, sync
+from raysched.tracking import MlflowTracker, StoreHandle, prepare_store, start_run, sync
 from raysched.tracking.client import connect
 from raysched.tracking.spool import Spool
-from raysched.tracking.uris import unreachable_reason
 from tests.tracking.conftest import Store
-
-
-class Server:
-    """An MLflow server on loopback that can be killed and started again at the same place."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = int(probe.getsockname()[1])
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder}/server.db"]
-        command += ["--artifacts-destination", f"{self._folder}/artifacts"]
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                cwd=self._folder,
-                start_new_session=True,
-                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
-            )
-        deadline = time.monotonic() + 90
-        while unreachable_reason(self.uri, timeout_s=1.0) is not None:
-            assert time.monotonic() < deadline, (self._folder / "server.log").read_text()
-            time.sleep(0.1)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(30)
-            self._process = None
+from tests.tracking.servers import Postgres, Server
 
 
 @pytest.fixture
@@ -163,11 +124,9 @@ tracker.close("finished", timeout_s=90)
 """
 
 
-@pytest.mark.slow
-def test_trials_that_write_to_one_sqlite_store_at_once_lose_nothing(
-    store: Store, tmp_path: Path
-) -> None:
-    handle, processes, run_ids = store.handle, [], []
+def _write_at_once(handle: StoreHandle, tmp_path: Path) -> list[str]:
+    """Four processes write 2,000 points each; returns their runs."""
+    processes, run_ids = [], []
     for number in range(4):
         folder = tmp_path / str(number)
         run_ids.append(start_run(handle, f"trial {number}", run_dir=folder))
@@ -183,6 +142,34 @@ def test_trials_that_write_to_one_sqlite_store_at_once_lose_nothing(
     for process in processes:
         output, _ = process.communicate(timeout=120)
         assert (process.returncode, output) == (0, "")
-    for number, run_id in enumerate(run_ids):
+    return run_ids
+
+
+@pytest.mark.slow
+def test_trials_that_write_to_one_sqlite_store_at_once_lose_nothing(
+    store: Store, tmp_path: Path
+) -> None:
+    for number, run_id in enumerate(_write_at_once(store.handle, tmp_path)):
         assert store.points(run_id, "loss") == [(step, number + step) for step in range(2000)]
         assert store.client.get_run(run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_trials_that_write_to_a_server_on_postgresql_at_once_lose_nothing(tmp_path: Path) -> None:
+    postgres = Postgres()
+    server = Server(tmp_path, postgres.uri)
+    try:
+        postgres.start()
+        server.start()
+        handle = prepare_store(TrackingConfig(uri=server.uri, experiment="postgres"), tmp_path)
+        assert not handle.offline
+        run_ids = _write_at_once(handle, tmp_path)
+        client = connect(server.uri)
+        for number, run_id in enumerate(run_ids):
+            history = client.get_metric_history(run_id, "loss")
+            points = [(metric.step, metric.value) for metric in history]
+            assert points == [(step, number + step) for step in range(2000)]
+            assert client.get_run(run_id).info.status == "FINISHED"
+    finally:
+        server.kill()
+        postgres.stop()
