@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection
 
 from raysched.config.entries import COMMAND_LINE, Entries, Finding
 from raysched.config.fields import show
-from raysched.config.rules import SS, Check, never_rolled, rollouts_off, while_on
+from raysched.config.idle_execution import IDLE_EXECUTION, Idle, when
+from raysched.config.rules import SS, never_rolled, rollouts_off, while_on
 from raysched.config.run import RunConfig, ScheduledSamplingConfig
 
 RAMP = tuple(SS + f for f in ("prob_start", "prob_end"))
@@ -27,28 +27,6 @@ DIT = tuple(
     "model." + f for f in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
 )
 RIVALS = ("input_perturbation", "self_correction", "defar", "mixflow", "dream")
-EVALUATION = tuple(f"evaluation.{f}" for f in type(RunConfig().evaluation).model_fields)[1:]
-
-
-@dataclass(frozen=True)
-class Idle:
-    """Settings that have no effect.
-
-    Args:
-        affected: the settings.
-        causes: the settings that make them so.
-        reason: why, if they have no effect.
-        quiet: say nothing if the command line is the cause and the file holds the settings.
-    """
-
-    affected: tuple[str, ...]
-    causes: tuple[str, ...]
-    reason: Check
-    quiet: bool = False
-
-
-def _if(condition: Callable[[RunConfig], bool], text: str) -> Check:
-    return lambda c: text if condition(c) else None
 
 
 def _reflex_is_off(c: RunConfig) -> str | None:
@@ -85,14 +63,14 @@ IDLE: tuple[Idle, ...] = (
         RAMP,
         (SS + "ramp_steps",),
         while_on(
-            _if(lambda c: not c.scheduled_sampling.ramp_steps, "there is no ramp; set ramp_steps")
+            when(lambda c: not c.scheduled_sampling.ramp_steps, "there is no ramp; set ramp_steps")
         ),
     ),
     Idle(
         RAMPS,
         (SS + "ramp_steps", SS + "offset_ramp_steps"),
         while_on(
-            _if(
+            when(
                 lambda c: (
                     not (c.scheduled_sampling.ramp_steps or c.scheduled_sampling.offset_ramp_steps)
                 ),
@@ -104,7 +82,7 @@ IDLE: tuple[Idle, ...] = (
         (SS + "offset_start",),
         (SS + "offset_ramp_steps",),
         while_on(
-            _if(
+            when(
                 lambda c: not c.scheduled_sampling.offset_ramp_steps,
                 "there is no ramp of K; set offset_ramp_steps",
             )
@@ -114,7 +92,7 @@ IDLE: tuple[Idle, ...] = (
         (SS + "posterior_reference",),
         (SS + "target",),
         while_on(
-            _if(
+            when(
                 lambda c: c.scheduled_sampling.target != "posterior_mean",
                 "target is not posterior_mean",
             )
@@ -123,13 +101,13 @@ IDLE: tuple[Idle, ...] = (
     Idle(
         (SS + "jump_gradient",),
         (SS + "grid",),
-        while_on(_if(lambda c: c.scheduled_sampling.grid != "jump", "it takes grid: jump")),
+        while_on(when(lambda c: c.scheduled_sampling.grid != "jump", "it takes grid: jump")),
     ),
     Idle(
         (SS + "probability",),
         (SS + "ramp_steps",),
         while_on(
-            _if(
+            when(
                 lambda c: c.scheduled_sampling.ramp_steps > 0,
                 "with a ramp (ramp_steps > 0) prob_start and prob_end count",
             )
@@ -139,7 +117,7 @@ IDLE: tuple[Idle, ...] = (
         (SS + "order",),
         (SS + "sampler",),
         while_on(
-            _if(
+            when(
                 lambda c: c.scheduled_sampling.sampler in ("euler", "rk4"),
                 "only dpm and unipc have orders to choose from",
             )
@@ -149,7 +127,7 @@ IDLE: tuple[Idle, ...] = (
         (SS + "strategy", SS + "reuse"),
         (SS + "grid",),
         while_on(
-            _if(
+            when(
                 lambda c: c.scheduled_sampling.grid == "jump",
                 "grid: jump is always one step of random length",
             )
@@ -174,89 +152,29 @@ IDLE: tuple[Idle, ...] = (
     Idle(
         ("defar.norm",),
         ("defar.alpha",),
-        _if(lambda c: c.exposure == "defar" and not c.defar.alpha, "defar.alpha is 0"),
+        when(lambda c: c.exposure == "defar" and not c.defar.alpha, "defar.alpha is 0"),
     ),
     Idle(
         ("noise_schedule.shift",),
         ("noise_schedule.kind", "prediction_type"),
-        _if(lambda c: c.noise_schedule.kind != "flow", "only the flow schedule is shifted"),
+        when(lambda c: c.noise_schedule.kind != "flow", "only the flow schedule is shifted"),
     ),
     Idle(
         ("noise_schedule.beta_start", "noise_schedule.beta_end"),
         ("noise_schedule.kind", "prediction_type"),
-        _if(
+        when(
             lambda c: c.noise_schedule.kind in ("flow", "cosine"),
             "only the schedules linear and scaled_linear have betas to choose",
         ),
     ),
-    Idle(UNET, ("model.kind",), _if(lambda c: c.model.kind == "dit", "model.kind is dit")),
-    Idle(DIT, ("model.kind",), _if(lambda c: c.model.kind == "unet", "model.kind is unet")),
+    Idle(UNET, ("model.kind",), when(lambda c: c.model.kind == "dit", "model.kind is dit")),
+    Idle(DIT, ("model.kind",), when(lambda c: c.model.kind == "unet", "model.kind is unet")),
     Idle(
         ("model.label_dropout", "evaluation.guidance_scale"),
         ("model.class_conditional",),
-        _if(lambda c: not c.model.class_conditional, "model.class_conditional is false"),
+        when(lambda c: not c.model.class_conditional, "model.class_conditional is false"),
     ),
-    Idle(
-        ("data.path",),
-        ("data.source",),
-        _if(lambda c: c.data.source == "digits", "the digits are built in"),
-    ),
-    Idle(
-        ("data.grayscale",),
-        ("data.source",),
-        _if(lambda c: c.data.source != "image_folder", "these images have one channel"),
-    ),
-    Idle(
-        tuple(f"scaling.{f}" for f in ("max_failures", "hang_timeout_s", "resource_timeout_s")),
-        ("scaling.num_workers",),
-        _if(lambda c: c.scaling.num_workers == 0, "scaling.num_workers is 0: there is no Ray"),
-        quiet=True,
-    ),
-    Idle(
-        ("scaling.retry_out_of_memory",),
-        ("training.batch_size", "training.gradient_accumulation", "scaling.num_workers"),
-        _if(
-            lambda c: (
-                c.training.batch_size
-                <= c.training.gradient_accumulation * max(c.scaling.num_workers, 1)
-            ),
-            "a micro-batch is one sample already",
-        ),
-    ),
-    Idle(
-        EVALUATION,
-        ("evaluation.enabled",),
-        _if(lambda c: not c.evaluation.enabled, "evaluation.enabled is false"),
-        quiet=True,
-    ),
-    Idle(
-        ("evaluation.placement",),
-        ("scaling.num_workers",),
-        _if(
-            lambda c: c.evaluation.placement == "ranks" and c.scaling.num_workers < 2,
-            "there is only one worker",
-        ),
-        quiet=True,
-    ),
-    Idle(
-        ("training.keep_best",),
-        ("evaluation.enabled",),
-        _if(
-            lambda c: not c.evaluation.enabled,
-            "evaluation.enabled is false, so no checkpoint is better than another",
-        ),
-    ),
-    Idle(
-        ("training.storage_timeout_s",),
-        ("training.storage_path",),
-        _if(lambda c: c.training.storage_path is None, "training.storage_path is null"),
-    ),
-    Idle(
-        ("tracking.uri", "tracking.experiment"),
-        ("tracking.enabled",),
-        _if(lambda c: not c.tracking.enabled, "tracking.enabled is false"),
-        quiet=True,
-    ),
+    *IDLE_EXECUTION,
 )
 # Values that ask for nothing, so that "without effect" would be no news.
 ASKS_NOTHING = {
