@@ -11,7 +11,7 @@ from typing import Any
 
 from raysched.config.run import RunConfig
 from raysched.errors import ConfigError
-from raysched.training.protocols import EvaluationEnd
+from raysched.training.protocols import EvaluationEnd, Evaluator
 
 
 class RayEvaluator:
@@ -66,6 +66,18 @@ class RayEvaluator:
         if self._running is not None:
             ray.cancel(self._running, force=True)
             self._running = None
+
+
+def make_evaluator(config: RunConfig) -> Evaluator | None:
+    """Who evaluates beside a run's training: a Ray task, without Ray a process; None: nobody."""
+    if config.evaluation.placement != "background" or not config.evaluation.enabled:
+        return None
+    scaling = config.scaling
+    if scaling.num_workers:
+        return RayEvaluator(scaling.cpus_per_worker, use_gpu=scaling.use_gpu)
+    from raysched.training.evaluation_process import ProcessEvaluator
+
+    return ProcessEvaluator(scaling.cpus_per_worker)
 
 
 def check_background_gpu(config: RunConfig) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raysched.config.run import RunConfig
-from raysched.distributed.evaluation_task import RayEvaluator, check_background_gpu
+from raysched.distributed.evaluation_task import check_background_gpu, make_evaluator
 from raysched.distributed.resources import PlacementWatch, check_resources
 from raysched.distributed.runtime import ensure_ray
 from raysched.distributed.watchdog import Watchdog, strike_in_cluster
@@ -36,7 +36,7 @@ from raysched.training.out_of_memory import (
     recalled,
     remember,
 )
-from raysched.training.protocols import Evaluator, NullTracker, Tracker
+from raysched.training.protocols import NullTracker, Tracker
 from raysched.training.result import RunResult
 from raysched.training.run_folder import WRITER_LOCK, own_run_folder
 
@@ -320,7 +320,7 @@ def _run_loop(
             run_dir=run_dir,
             report=report,
             tracker=tracker,
-            evaluator=_make_evaluator(config) if is_main else None,
+            evaluator=make_evaluator(config) if is_main else None,
             heart=heart,
         )
 
@@ -338,18 +338,6 @@ def _make_heart(job: WorkerJob, rank: int) -> Heartbeat | None:
         node=ray.get_runtime_context().get_node_id(),
         interval_s=min(timeout / 4, 5.0),
     )
-
-
-def _make_evaluator(config: RunConfig) -> Evaluator | None:
-    """Who evaluates beside the training: a Ray task, without Ray a process."""
-    if config.evaluation.placement != "background" or not config.evaluation.enabled:
-        return None
-    scaling = config.scaling
-    if scaling.num_workers:
-        return RayEvaluator(scaling.cpus_per_worker, use_gpu=scaling.use_gpu)
-    from raysched.training.evaluation_process import ProcessEvaluator
-
-    return ProcessEvaluator(scaling.cpus_per_worker)
 
 
 def _as_user_error(error: BaseException, run_dir: Path) -> BaseException:
