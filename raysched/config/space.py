@@ -259,7 +259,7 @@ def _sweep(
         return None, [
             Finding(source, ".".join(map(str, e["loc"])), e["msg"])
             for e in error.errors()
-            if "[key]" not in e["loc"]  # said where the key is resolved
+            if "[key]" not in e["loc"] or e["loc"][0] != "space"  # said where it is resolved
         ]
 
 

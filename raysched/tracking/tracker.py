@@ -39,6 +39,7 @@ class MlflowTracker:
         send: False leaves the sending to a `Courier` in the driver, which keeps MLflow out of
             this process.
         flush_every_s: seconds between two sendings.
+        system_every_s: seconds between two samples of the machine; None: none are taken.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class MlflowTracker:
         *,
         send: bool = True,
         flush_every_s: float = 2.0,
+        system_every_s: float | None = 10.0,
     ) -> None:
         self._spool = Spool(run_dir)
         if self._spool.load_record() is None:
             self._spool.save_record(_record_elsewhere(handle, run_id))
         self._spool.open()
-        self._system = SystemMeter(run_dir)
+        self._system = SystemMeter(run_dir, every_s=system_every_s) if system_every_s else None
         self._last_steps: dict[str, int] = {}
         ended = self._replay()
         if ended:
@@ -96,9 +98,10 @@ class MlflowTracker:
             step: optimizer step; steps rise.
             forward_equivalents: compute so far, without evaluation.
         """
+        system = self._system.sample() if self._system is not None else {}
         values = {
             key: encode_number(float(value))
-            for key, value in {**metrics, **self._system.sample()}.items()
+            for key, value in {**metrics, **system}.items()
             if self._is_new(key, step)
         }
         if values:

@@ -196,6 +196,9 @@ def _values(option):
 @given(st.data())
 def test_any_valid_run_survives_yaml(data):
     paths = data.draw(st.lists(st.sampled_from(sorted(RUN.leaves)), max_size=6, unique=True))
+    # Two units of the budget are a mistake of their own.
+    budget = [path for path in paths if path.startswith("training.budget.")]
+    paths = [path for path in paths if path not in budget[1:]]
     mapping = {}
     for path in paths:
         level = mapping

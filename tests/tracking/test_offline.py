@@ -34,7 +34,7 @@ def test_without_a_server_everything_waits_and_is_sent_later_exactly_once(
     sweep, trial = tmp_path / "sweep", tmp_path / "sweep" / "trial-0"
     parent = start_run(handle, "sweep", run_dir=sweep)
     child = start_run(handle, "trial 0", run_dir=trial, parent_run_id=parent, params={"k": 5})
-    tracker = MlflowTracker(handle, child, trial, flush_every_s=0.01)
+    tracker = MlflowTracker(handle, child, trial, flush_every_s=0.01, system_every_s=None)
     for step in range(30):
         tracker.log_metrics({"quality/q": step}, step=step, forward_equivalents=3 * step)
     tracker.log_image("grid", np.zeros((8, 8, 3), np.uint8), step=3)
