@@ -38,6 +38,7 @@ from raysched.training.setup import Run, build_run
 from raysched.training.spend import compute_summary
 from raysched.training.stop import StopOrder, StopWatch
 from raysched.training.train_step import StepResult, train_step
+from raysched.training.wrapping import whole_weights
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ def train_loop(
     except RunFailedError as failure:
         return loop.finish("failed", str(failure))
     except UserError:
+        loop.evaluations.close(finished=False)
         loop.keeper.close()
         raise
 
@@ -210,7 +212,7 @@ class Loop:
                 **compute_summary(self.run, self.run_dir, self.seconds),
                 **self.costs.total(),
             },
-            weights_sha256=weights_sha256(self.run.policy.state_dict()),
+            weights_sha256=weights_sha256(whole_weights(self.run)),
             error=error,
         )
         if self.is_main:
