@@ -83,7 +83,8 @@ def run_training(
         RunFailedError: a worker was lost more often than `scaling.max_failures`.
         StepMemoryError: memory ran out, and smaller micro-batches are not allowed or possible.
     """
-    config, notes = recalled(config, run_dir), []
+    config = recalled(config, run_dir)
+    notes: list[str] = []
     while True:
         job = WorkerJob(
             config=config.model_dump(mode="json"),

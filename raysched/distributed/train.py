@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from raysched.config.paths import anchored, user_path
 from raysched.config.run import RunConfig
+from raysched.distributed.grace import GraceOver, grace_period
 from raysched.distributed.launch import run_training
 from raysched.distributed.live import live_status, speed_words
 from raysched.signals import STOP
+from raysched.training.checkpoint import checkpoint_folders
+from raysched.training.events import note_event
 from raysched.training.fetch import check_storage, prepare_storage, stored_run_name
 from raysched.training.protocols import Tracker
 from raysched.training.result import RunResult, read_result
@@ -72,17 +75,33 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
             _tracking(config, run_dir, console) as make_tracker,
             live_status(console, run_dir),
         ):
-            result = run_training(
-                config,
-                run_dir=run_dir,
-                report=functools.partial(_print_evaluation, console),
-                make_tracker=make_tracker,
-            )
+            try:
+                with grace_period(config.scaling.grace_s):
+                    result = run_training(
+                        config,
+                        run_dir=run_dir,
+                        report=functools.partial(_print_evaluation, console),
+                        make_tracker=make_tracker,
+                    )
+            except GraceOver:
+                result = _out_of_time(config, run_dir)
     for words in speed_words(result.compute):
         console.print(words, soft_wrap=True, highlight=False)
     for note in result.notes:
         console.print(f"warning: {note}", soft_wrap=True, highlight=False)
     return result
+
+
+def _out_of_time(config: RunConfig, run_dir: Path) -> RunResult:
+    """The result of a run whose last checkpoint was not written within the grace period."""
+    kept = [folder.name for folder in checkpoint_folders(run_dir)]
+    text = (
+        f"{run_dir}: no checkpoint could be written within {config.scaling.grace_s:g} s of "
+        "SIGTERM (scaling.grace_s); the newest is "
+        f"{kept[-1] if kept else 'none'}: go on with --resume"
+    )
+    note_event(run_dir, text)
+    return RunResult(status="stopped", output_dir=str(run_dir), error=text)
 
 
 def choose_run_dir(config: RunConfig, *, resume: bool) -> Path:
