@@ -28,7 +28,7 @@ class StepResult:
     Attributes:
         loss: mean over the global batch.
         grad_norm: before clipping, of the synchronised gradient.
-        bad_samples: global indices of this rank's samples whose loss is no finite number.
+        bad_samples: global indices of all ranks' samples whose loss is no finite number.
         fallback_samples: global indices of the samples of all ranks whose rollouts ended in no
             finite number, if they are more than the run allows; else empty.
         rollout: `rollout/…` metrics of the global batch.
@@ -170,10 +170,12 @@ def _result(
     run.meter.forward("rollout", round(num_forwards))
     size, per_rolled = run.config.training.batch_size, max(num_rolled, 1.0)
     bad = inputs.batch_rows[~torch.isfinite(per_sample).cpu()]
+    # The sum is the same number everywhere: all ranks go and look for its samples, or none.
+    bad_samples = () if math.isfinite(loss) else _of_all_ranks(run, batch, bad)
     return StepResult(
         loss=loss / rows,
         grad_norm=grad_norm,
-        bad_samples=tuple(sorted(set(batch.sample_indices[bad].tolist()))),
+        bad_samples=bad_samples,
         fallback_samples=_too_many(run, batch, failed, fallbacks, num_rolled),
         rollout={
             "rollout/fraction": num_rolled / size,
@@ -224,11 +226,16 @@ def _too_many(
     allowed = run.config.rollout.max_fallback_share
     if fallbacks <= allowed * num_rolled or (fallbacks < 2 and allowed > 0):
         return ()
+    mine = failed.cpu() if failed is not None else torch.zeros(0, dtype=torch.long)
+    return _of_all_ranks(run, batch, mine)
+
+
+def _of_all_ranks(run: Run, batch: Batch, mine: Tensor) -> tuple[int, ...]:
+    """Global indices of samples that each rank picks among its own; all ranks must call it."""
     size = run.config.training.batch_size
     marks = torch.zeros(size, device=run.device)
-    if failed is not None:
-        places = batch.sample_indices[failed.cpu()] - batch.step * size
-        marks[places.to(run.device)] = 1.0
+    places = batch.sample_indices[mine] - batch.step * size
+    marks[places.to(run.device)] = 1.0
     if run.world_size > 1:
         torch.distributed.all_reduce(marks)
     return tuple((torch.nonzero(marks.cpu())[:, 0] + batch.step * size).tolist())
