@@ -197,6 +197,7 @@ ASKS_NOTHING = {
     (SS + "bucket", 1),
     (SS + "reuse", "last"),
     (SS + "jump_gradient", False),
+    ("scaling.strategy", "ddp"),
     ("data.path", None),
     ("data.grayscale", False),
     ("tracking.uri", None),

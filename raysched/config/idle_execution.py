@@ -51,6 +51,12 @@ IDLE_EXECUTION: tuple[Idle, ...] = (
         quiet=True,
     ),
     Idle(
+        ("scaling.strategy",),
+        ("scaling.num_workers",),
+        when(lambda c: c.scaling.num_workers < 2, "there is only one worker"),
+        quiet=True,
+    ),
+    Idle(
         ("scaling.retry_out_of_memory",),
         ("training.batch_size", "training.gradient_accumulation", "scaling.num_workers"),
         when(

@@ -179,6 +179,24 @@ def _fp16(c: RunConfig) -> str | None:
     return "must be fp32 or bf16 with training.device cpu, got fp16"
 
 
+def _equal_forwards(c: RunConfig) -> str | None:
+    if c.scaling.strategy != "fsdp" or c.scaling.num_workers < 2:
+        return None
+    s = c.scheduled_sampling
+    rolling = c.exposure == "scheduled_sampling"
+    why = {
+        "exposure: self_correction": c.exposure == "self_correction",
+        "exposure: defar": c.exposure == "defar",
+        "scheduled_sampling.jump_gradient: true": rolling and s.jump_gradient,
+        "scheduled_sampling.policy: ema": rolling and s.policy == "ema",
+        "scheduled_sampling.reuse": rolling and s.reuse != "last",
+    }
+    broken = [name for name, holds in why.items() if holds]
+    if not broken:
+        return None
+    return f"must be ddp with {broken[0]}: fsdp needs equal forwards of one network on all workers"
+
+
 def _repeated_nfe(c: RunConfig) -> str | None:
     nfe = c.evaluation.nfe
     return f"must not repeat a number, got {show(nfe)}" if len(set(nfe)) < len(nfe) else None
@@ -217,6 +235,15 @@ ERRORS: tuple[Rule, ...] = (
     Rule("data.path", ("data.source",), _folder),
     Rule("scaling.use_gpu", ("training.device",), _cpu_gpu),
     Rule("training.precision", ("training.device",), _fp16),
+    Rule(
+        "scaling.strategy",
+        (
+            "scaling.num_workers",
+            "exposure",
+            *(SS + f for f in ("jump_gradient", "policy", "reuse")),
+        ),
+        _equal_forwards,
+    ),
     Rule("evaluation.nfe", (), _repeated_nfe),
     Rule(
         "evaluation.neighbours",

@@ -79,6 +79,9 @@ class ModelConfig(Section):
     label_dropout: Fraction = Field(
         0.1, description="Chance that a label is replaced by the null class (for guidance)."
     )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: slower, less memory."
+    )
     ema_half_life_samples: PositiveFloat = Field(
         2000.0, description="Training samples after which a weight's share in the EMA has halved."
     )
@@ -142,6 +145,10 @@ class ScalingConfig(Section):
     )
     cpus_per_worker: PositiveInt = Field(1, description="CPUs, and torch threads, per worker.")
     use_gpu: bool = Field(False, description="One GPU per worker.")
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="What the workers hold: ddp, all weights each; fsdp, each a part (FSDP2).",
+    )
     max_failures: NonNegativeInt = Field(
         2, description="Lost workers survived, each time from the last checkpoint."
     )

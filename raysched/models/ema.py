@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from raysched.models.sharding import local
+
 WARMUP_SHARE = 0.1
 NUM_SAMPLES_KEY = "ema.num_samples"
 
@@ -28,7 +30,8 @@ class EMA:
         self.half_life_samples = half_life_samples
         self.num_samples = 0
         self._parameters = {
-            name: p.detach().to(torch.float32, copy=True) for name, p in model.named_parameters()
+            name: local(p.detach()).to(torch.float32, copy=True)
+            for name, p in model.named_parameters()
         }
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
 
@@ -50,7 +53,7 @@ class EMA:
         averages, current = [], []
         for name, parameter in model.named_parameters():
             averages.append(self._parameters[name])
-            current.append(parameter.detach().to(torch.float32))
+            current.append(local(parameter.detach()).to(torch.float32))
         torch._foreach_lerp_(averages, current, weight)
         for name, buffer in model.named_buffers():
             self._buffers[name].copy_(buffer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,6 +19,7 @@ from raysched.models.ema import EMA
 from raysched.models.networks import Denoiser, build_network
 from raysched.models.tracing import TracedForward, trace_forward
 from raysched.training.budget import fraction_spent
+from raysched.training.strategies import check_wrapping, shard, wants_shards
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Run:
     @functools.cached_property
     def replay(self) -> TracedForward | None:
         """The policy's forward in eval mode without its Python; None where that is not exact."""
-        if self.config.training.precision != "fp32":
+        if self.config.training.precision != "fp32" or wants_shards(self.config):
             return None
         size = self.dataset.image_size
         return trace_forward(self.policy, (self.dataset.channels, size, size))
@@ -153,7 +153,12 @@ def build_run(config: RunConfig) -> Run:
         config.model, dataset.channels, dataset.image_size, dataset.num_classes, seed=config.seed
     )
     accelerator = make_accelerator(config)
+    if config.model.gradient_checkpointing:
+        cast(Any, network.backbone).enable_gradient_checkpointing()
     network.to(accelerator.device)
+    sharded = wants_shards(config)
+    if sharded:
+        shard(network, accelerator.device)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         [p for p in network.parameters() if p.requires_grad],
@@ -165,7 +170,8 @@ def build_run(config: RunConfig) -> Run:
         fused=True,
     )
     ema = EMA(network, config.model.ema_half_life_samples)
-    wrapped, prepared = accelerator.prepare(network, optimizer)
+    prepared = accelerator.prepare(optimizer)
+    wrapped = network if sharded else accelerator.prepare(network)
     run = Run(
         config=config,
         dataset=dataset,
@@ -177,7 +183,7 @@ def build_run(config: RunConfig) -> Run:
         accelerator=accelerator,
         meter=ComputeMeter(accelerator.device),
     )
-    _check_wrapping(run)
+    check_wrapping(config, run.network, run.world_size)
     return run
 
 
@@ -192,12 +198,3 @@ def make_accelerator(config: RunConfig) -> Any:
     on_cpu = config.training.device == "cpu" or not torch.cuda.is_available()
     precision = "no" if config.training.precision == "fp32" else config.training.precision
     return Accelerator(cpu=on_cpu, mixed_precision=precision)
-
-
-def _check_wrapping(run: Run) -> None:
-    # accelerate falls back to one process in silence; training would go on without any sync.
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    assert run.world_size == expected, f"accelerate sees {run.world_size} of {expected} processes"
-    if expected > 1:
-        kind = type(run.network).__name__
-        assert kind == "DistributedDataParallel", f"{expected} ranks, but the network is a {kind}"

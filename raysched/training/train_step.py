@@ -5,12 +5,12 @@ Legend: B samples of the global batch, b of them on this rank, R rolled out, C, 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from raysched.diffusion.losses import plain_loss, reflexflow_loss
 from raysched.diffusion.randomness import generator
@@ -19,6 +19,7 @@ from raysched.training.inputs import TrainingInputs
 from raysched.training.methods import METHODS
 from raysched.training.rollout_step import micro_batch_size
 from raysched.training.setup import Run
+from raysched.training.strategies import gradient_sync
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def train_step(run: Run, step: int) -> StepResult:
     micro_batches = torch.arange(num_rows).tensor_split(parts)
     for number, rows in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
-        sync = contextlib.nullcontext() if last else run.accelerator.no_sync(run.network)
+        sync = gradient_sync(run.network, run.accelerator, last=last)
         with sync, run.meter.timed("training"):
             with run.meter.timed("forward"):
                 loss = sample_losses(run, inputs, rows)
@@ -147,7 +148,7 @@ def _apply_gradient(run: Run, per_sample: Tensor) -> float:
     limit = run.config.optimizer.max_grad_norm
     parameters = list(run.network.parameters())
     norm = run.accelerator.clip_grad_norm_(parameters, math.inf if limit is None else limit)
-    grad_norm = float(norm)
+    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     scaled = getattr(run.accelerator, "scaler", None) is not None
     finite = math.isfinite(grad_norm)
     # fp16's loss scaling meets infinite gradients by design, skips the step and lowers the scale.
