@@ -15,6 +15,7 @@ from raysched.config.run import RunConfig
 from raysched.data.dataset import ImageDataset, load_dataset
 from raysched.diffusion.compute import ComputeMeter
 from raysched.diffusion.schedules import NoiseSchedule
+from raysched.errors import ConfigError
 from raysched.models.ema import EMA
 from raysched.models.networks import Denoiser, build_network
 from raysched.models.tracing import TracedForward, trace_forward
@@ -196,5 +197,10 @@ def make_accelerator(config: RunConfig) -> Any:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     on_cpu = config.training.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and config.training.precision == "fp16":
+        raise ConfigError(
+            "training.precision: fp16 scales its losses on a GPU only, and this process has none; "
+            "use bf16 or fp32"
+        )
     precision = "no" if config.training.precision == "fp32" else config.training.precision
     return Accelerator(cpu=on_cpu, mixed_precision=precision)

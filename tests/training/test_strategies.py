@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from raysched.errors import ConfigError
 from raysched.training.setup import build_run
 from raysched.training.train_step import train_step
 from tests.training.runs import rollout_config
@@ -141,3 +142,16 @@ def test_gradient_checkpointing_gives_the_same_losses():
         run = build_run(rollout_config(model__gradient_checkpointing=on))
         losses[on] = [train_step(run, step).loss for step in range(3)]
     assert losses[True] == pytest.approx(losses[False], rel=1e-6)
+
+
+def test_fp16_without_a_gpu_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = rollout_config(training__precision="fp16", training__device="auto")
+    with pytest.raises(ConfigError, match="use bf16 or fp32"):
+        build_run(config)
+
+
+@pytest.mark.parametrize("changes", [{"exposure": "defar"}, {"scheduled_sampling__policy": "ema"}])
+def test_fsdp_refuses_what_gives_the_workers_unequal_forwards(changes):
+    with pytest.raises(ConfigError, match="must be ddp"):
+        rollout_config(scaling__strategy="fsdp", scaling__num_workers=2, **changes)
