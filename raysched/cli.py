@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from raysched.arguments import join_values, split_arguments
-from raysched.commands import Json, Work, compare, export, probe, sample, ui
+from raysched.commands import (
+    Json,
+    Work,
+    compare,
+    export,
+    html_report,
+    probe,
+    sample,
+    ui,
+    verify_resume,
+)
 from raysched.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
 from raysched.outcome import Outcome, mute, report, stopped_early, usage_failure, warn
 from raysched.signals import STOP
@@ -134,7 +144,15 @@ app.command(epilog="Example: raysched export runs/digits_flow-20260101-120000 --
 )
 app.command(epilog="Example: raysched probe runs/with-rollouts runs/without-rollouts")(probe)
 app.command(epilog="Example: raysched compare runs/digits-rollout-20260101-120000")(compare)
+app.command(name="report", epilog="Example: raysched report runs/digits-rollout-20260101-120000")(
+    html_report
+)
 app.command(epilog="Example: raysched ui runs/digits-rollout-20260101-120000")(ui)
+app.command(
+    name="verify-resume",
+    context_settings=OVERRIDES,
+    epilog="Example: raysched verify-resume configs/digits_flow.yaml --kills 2",
+)(verify_resume)
 
 
 @app.command(

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from raysched.arguments import split_arguments
+from raysched.errors import EXIT_FAILED, EXIT_OK
 from raysched.outcome import Outcome, warn
 from raysched.signals import STOP
 
@@ -159,6 +161,27 @@ def compare(
     return work
 
 
+def html_report(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep's folder.")],
+    out: Annotated[
+        str | None, typer.Option(help="Folder of the page; default: report/ in the sweep's.")
+    ] = None,
+    as_json: Json = False,
+) -> Work:
+    """Put a sweep on one HTML page: verdict, trials, figures, samples; no network needed."""
+
+    def work() -> Outcome:
+        from pathlib import Path
+
+        from raysched.report.html import write_page
+
+        page = write_page(Path(sweep), out=Path(out) if out else None)
+        warn(list(page.notes))
+        return Outcome(page.as_json(), page.text)
+
+    return work
+
+
 def ui(
     run: Annotated[
         str | None,
@@ -181,8 +204,46 @@ def ui(
         def ready(url: str) -> None:
             print(f"MLflow: {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
 
-        page = find_page(Path(run) if run else None, uri, Path.cwd())
+        page = find_page(Path(run) if run else None, uri, work_root())
         url = serve(page, host=host, port=port, ready=ready, asked_to_stop=lambda: STOP.requested)
         return Outcome({"url": url})
+
+    return work
+
+
+def verify_resume(
+    tokens: Annotated[list[str] | None, typer.Argument(metavar="CONFIG|KEY=VALUE")] = None,
+    kills: Annotated[int, typer.Option(min=1, help="Runs to kill and resume.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the kills' moments.")] = 0,
+    out: Annotated[
+        str | None, typer.Option(help="New folder that keeps the runs; default: none are kept.")
+    ] = None,
+    as_json: Json = False,
+) -> Work:
+    """Prove that a killed run ends like one that was not: train, kill, resume, compare.
+
+    Every kill is a run of its own, ended by SIGKILL at a random moment (the second one before its
+    first checkpoint). Losses, metrics and weights must equal those of an uninterrupted run.
+    """
+
+    def work() -> Outcome:
+        STOP.install()
+        from pathlib import Path
+
+        from raysched.config.loading import load
+
+        loaded = load(*split_arguments(tokens or []))
+        warn(list(loaded.warnings))
+        from raysched.distributed.verify_resume import verify_resume as prove
+
+        verdict = prove(
+            loaded.config,
+            kills=kills,
+            seed=seed,
+            out=Path(out) if out else None,
+            say=lambda line: print(line, flush=True),
+        )
+        code = EXIT_OK if verdict.holds else EXIT_FAILED
+        return Outcome(verdict.as_json(), verdict.as_text(), code)
 
     return work

@@ -35,7 +35,7 @@ def comparison_figure(runs: Sequence[ComparedRun], keys: Sequence[str], label: s
     figure = Figure(figsize=(min(width, 22.0), 8.4), layout="constrained", dpi=DPI)
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1)
-    colours = _colours(runs)
+    colours = shades_by_quality(runs)
     draw_parallel(above, runs, keys, colours, label)
     _draw_curves(below, runs, colours, label)
     return figure
@@ -141,7 +141,7 @@ def _draw_curves(
         axes.legend(fontsize=8, frameon=False)
 
 
-def _colours(runs: Sequence[ComparedRun]) -> list[Any]:
+def shades_by_quality(runs: Sequence[ComparedRun]) -> list[Any]:
     """By rank of q: the best is the darkest; grey where there is no quality yet."""
     from matplotlib import colormaps
 

@@ -42,7 +42,7 @@ def write_report(result: SweepResult, config: RunConfig) -> dict[str, str]:
         files["pareto"] = save_figure(pareto, folder / "pareto.png")
         curves = curves_figure(result.trials, budget=result.budget, label=label, winner=winner)
         files["curves"] = save_figure(curves, folder / "curves.png")
-        shown = _with_samples(result)
+        shown = with_samples(result)
         if shown:
             blocks = [(trial, *final_samples(run_folders(trial)[0])) for trial in shown]
             sheet = sample_sheet(blocks)
@@ -50,7 +50,7 @@ def write_report(result: SweepResult, config: RunConfig) -> dict[str, str]:
     return {name: str(path) for name, path in files.items()}
 
 
-def _with_samples(result: SweepResult) -> list[TrialRecord]:
+def with_samples(result: SweepResult) -> list[TrialRecord]:
     """The baseline and the best candidate that reached the budget, where they have samples."""
     candidate = best([trial for trial in result.trials if not trial.baseline])
     trials = [trial for trial in (result.baseline, candidate) if trial is not None]
