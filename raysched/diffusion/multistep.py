@@ -5,62 +5,91 @@ the functions phi_k(z) = sum_j z^j/(j + k)! at z = -h. Written with them, every 
 free of cancellation, however small the step is. The order grows from 1 at a lane's source and is
 lowered where a step is infinite in lambda: from alpha = 0, and to sigma = 0.
 
+Everything is computed with numpy: tables are small, and a hundred operations on them cost half of
+what torch takes.
+
 Legend: L lanes, S steps.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+Array = NDArray[np.float64]
 Terms = dict[tuple[str, str], Tensor]
+Arrays = dict[tuple[str, str], Array]
 _SERIES_TERMS = 14
 
 
-def phi_functions(z: Tensor, count: int) -> list[Tensor]:
+def _with_numpy(make: Callable[..., Arrays]) -> Callable[..., Terms]:
+    """Let a function of float64 arrays take and return float64 tensors on the CPU."""
+
+    @functools.wraps(make)
+    def terms(alpha: Tensor, sigma: Tensor, to_x0: tuple[Tensor, Tensor], order: int) -> Terms:
+        # Infinite steps and padding divide by zero on purpose; what they give is not used.
+        with np.errstate(all="ignore"):
+            arrays = make(
+                alpha.numpy(), sigma.numpy(), (to_x0[0].numpy(), to_x0[1].numpy()), order=order
+            )
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    return terms
+
+
+def phi_functions(z: Array, count: int) -> list[Array]:
     """phi_1(z)…phi_count(z), phi_k(z) = sum over j of z^j/(j + k)!; z <= 0 may be -inf.
 
     Near 0 the last one is summed as a series and the others follow by phi_k = 1/k! + z phi_{k+1};
     far from 0 the first is (e^z - 1)/z and the others follow the opposite way.
     """
-    small = z.abs() < 0.5
-    near = torch.where(small, z, torch.zeros_like(z))
-    far = torch.where(small, torch.full_like(z, -1.0), z)
-    series = [torch.full_like(z, 1 / math.factorial(_SERIES_TERMS + count))]
+    small = np.abs(z) < 0.5
+    near = np.where(small, z, 0.0)
+    far = np.where(small, -1.0, z)
+    last: Array = np.full_like(z, 1 / math.factorial(_SERIES_TERMS + count))
     for j in reversed(range(_SERIES_TERMS)):
-        series[0] = torch.addcmul(near.new_tensor(1 / math.factorial(j + count)), series[0], near)
-    values = [torch.expm1(far) / far]
+        last *= near
+        last += 1 / math.factorial(j + count)
+    series = [last]
+    values = [np.expm1(far) / far]
     for k in range(1, count):
         values.append((values[-1] - 1 / math.factorial(k)) / far)
         series.insert(0, 1 / math.factorial(count - k) + near * series[0])
-    return [torch.where(small, s, v) for s, v in zip(series, values, strict=True)]
+    return [np.where(small, s, v) for s, v in zip(series, values, strict=True)]
 
 
-def _shifted(values: Tensor, places: int, fill: float) -> Tensor:
+def _shifted(values: Array, places: int, fill: float) -> Array:
     """values[:, f - places], with `fill` where there is none."""
-    head = torch.full_like(values[:, :places], fill)
-    return torch.cat([head, values[:, : values.shape[1] - places]], dim=1)
+    out = np.full_like(values, fill)
+    if places < values.shape[1]:
+        out[:, places:] = values[:, : values.shape[1] - places]
+    return out
 
 
-def _orders(log_snr: Tensor, step: Tensor, highest: int) -> Tensor:
+def _orders(log_snr: Array, step: Array, highest: int) -> NDArray[np.int64]:
     """Order of each step, (L, S): as high as the lane's finite history allows."""
-    order = torch.ones_like(step, dtype=torch.int64)
-    finite = torch.isfinite(step)
+    order = np.ones(step.shape, dtype=np.int64)
+    finite = np.isfinite(step)
     for back in range(1, highest):
-        reachable = torch.isfinite(_shifted(log_snr[:, :-1], back, -math.inf))
-        order = order + (reachable & finite & (order == back)).long()
+        reachable = np.isfinite(_shifted(log_snr[:, :-1], back, -math.inf))
+        order = order + (reachable & finite & (order == back))
     return order
 
 
-def _gain(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _gain(alpha: Array, sigma: Array) -> tuple[Array, Array]:
     """(sigma_n/sigma, alpha_n - alpha·sigma_n/sigma) of each step."""
     ratio = sigma[:, 1:] / sigma[:, :-1]
     return ratio, alpha[:, 1:] - alpha[:, :-1] * ratio
 
 
-def dpm_terms(alpha: Tensor, sigma: Tensor, to_x0: tuple[Tensor, Tensor], order: int) -> Terms:
+@_with_numpy
+def dpm_terms(alpha: Array, sigma: Array, to_x0: tuple[Array, Array], order: int) -> Arrays:
     """DPM-Solver++ multistep (arXiv 2211.01095): 2M midpoint, or 3M.
 
     Args:
@@ -70,16 +99,16 @@ def dpm_terms(alpha: Tensor, sigma: Tensor, to_x0: tuple[Tensor, Tensor], order:
         order: 2 or 3.
     """
     ratio, gain = _gain(alpha, sigma)
-    log_snr = torch.log(alpha / sigma)
+    log_snr = np.log(alpha / sigma)
     h = log_snr[:, 1:] - log_snr[:, :-1]
     used = _orders(log_snr, h, order)
-    inverse_r0 = torch.where(used >= 2, h / _shifted(h, 1, 1.0), torch.zeros_like(h))
+    inverse_r0 = np.where(used >= 2, h / _shifted(h, 1, 1.0), 0.0)
     on_m1 = -0.5 * gain * inverse_r0
-    on_m2 = torch.zeros_like(gain)
+    on_m2 = np.zeros_like(gain)
     if order == 3:
         first, second = _third_order(alpha[:, 1:], h)
-        on_m1 = torch.where(used == 3, first, on_m1)
-        on_m2 = torch.where(used == 3, second, on_m2)
+        on_m1 = np.where(used == 3, first, on_m1)
+        on_m2 = np.where(used == 3, second, on_m2)
     on_m0 = gain - on_m1 - on_m2
     c_x, c_out = (c[:, :-1] for c in to_x0)
     return {
@@ -92,7 +121,7 @@ def dpm_terms(alpha: Tensor, sigma: Tensor, to_x0: tuple[Tensor, Tensor], order:
     }
 
 
-def _third_order(alpha_to: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _third_order(alpha_to: Array, h: Array) -> tuple[Array, Array]:
     """Weights of 3M on m1 and m2; with the one on m0 they sum to the first-order gain.
 
     D1 and D2 are the first and second divided differences at the step's start, weighted by
@@ -109,7 +138,8 @@ def _third_order(alpha_to: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return -on_a / r0 + on_b / r1, -on_b / r1
 
 
-def unipc_terms(alpha: Tensor, sigma: Tensor, to_x0: tuple[Tensor, Tensor], order: int) -> Terms:
+@_with_numpy
+def unipc_terms(alpha: Array, sigma: Array, to_x0: tuple[Array, Array], order: int) -> Arrays:
     """UniPC (arXiv 2302.04867), B(h) = e^h - 1 ("bh2"), data prediction.
 
     At each node the state that led there is corrected with the evaluation that is made anyway,
@@ -123,72 +153,73 @@ def unipc_terms(alpha: Tensor, sigma: Tensor, to_x0: tuple[Tensor, Tensor], orde
         order: 1, 2 or 3.
     """
     ratio, gain = _gain(alpha, sigma)
-    log_snr = torch.log(alpha / sigma)
+    log_snr = np.log(alpha / sigma)
     h = log_snr[:, 1:] - log_snr[:, :-1]
     used = _orders(log_snr, h, order)
     predictor = _unipc_weights(log_snr, h, used, order, corrector=False)
     corrector = _unipc_weights(log_snr, h, used, order, corrector=True)
     c_x, c_out = (c[:, :-1] for c in to_x0)
-    terms: Terms = {("m", "x"): c_x, ("m", "out"): c_out, ("x", "y"): ratio}
-    terms["x", "m"] = gain * (1 - predictor.sum(dim=0))
+    terms: Arrays = {("m", "x"): c_x, ("m", "out"): c_out, ("x", "y"): ratio}
+    terms["x", "m"] = gain * (1 - predictor.sum(axis=0))
     for k in range(1, order):
         terms["x", f"m{k}"] = gain * predictor[k - 1]
     # The corrector at a node belongs to the step before it; at the source there is none.
     terms["y", "y"] = _shifted(ratio, 1, 1.0)
     terms["y", "m"] = _shifted(gain * corrector[-1], 1, 0.0)
-    terms["y", "m1"] = _shifted(gain * (1 - corrector.sum(dim=0)), 1, 0.0)
+    terms["y", "m1"] = _shifted(gain * (1 - corrector.sum(axis=0)), 1, 0.0)
     for k in range(1, order):
         terms["y", f"m{k + 1}"] = _shifted(gain * corrector[k - 1], 1, 0.0)
     return terms
 
 
 def _unipc_weights(
-    log_snr: Tensor, h: Tensor, used: Tensor, highest: int, *, corrector: bool
-) -> Tensor:
+    log_snr: Array, h: Array, used: NDArray[np.int64], highest: int, *, corrector: bool
+) -> Array:
     """rho_k/r_k of the differences m_k - m_0, for the predictor (highest - 1, L, S).
 
     For the corrector one more, the last: rho of the difference between the new evaluation and
     m_0.
     """
-    weights = torch.zeros(highest - 1 + int(corrector), *h.shape, dtype=h.dtype)
+    weights: Array = np.zeros((highest - 1 + int(corrector), *h.shape))
     for order in range(1, highest + 1):
         chosen = used == order
         size = order if corrector else order - 1
         if size == 0:
             continue
-        safe_h = torch.where(chosen, h, torch.ones_like(h))
+        safe_h = np.where(chosen, h, np.ones_like(h))
         r = [
-            torch.where(
+            np.where(
                 chosen,
                 (_shifted(log_snr[:, :-1], k, 0.0) - log_snr[:, :-1]) / safe_h,
-                torch.full_like(h, -float(k)),
+                np.full_like(h, -float(k)),
             )
             for k in range(1, order)
         ]
-        rho = _unipc_rho(safe_h, [*r, torch.ones_like(h)][:size])
+        rho = _unipc_rho(safe_h, [*r, np.ones_like(h)][:size])
         for k in range(order - 1):
-            weights[k] = torch.where(chosen, rho[k] / r[k], weights[k])
+            weights[k] = np.where(chosen, rho[k] / r[k], weights[k])
         if corrector:
-            weights[-1] = torch.where(chosen, rho[-1], weights[-1])
+            weights[-1] = np.where(chosen, rho[-1], weights[-1])
     return weights
 
 
-def _unipc_rho(h: Tensor, points: list[Tensor]) -> list[Tensor]:
+def _unipc_rho(h: Array, points: list[Array]) -> list[Array]:
     """Solve sum_k rho_k points_k^(i-1) = i! phi_{i+1}(-h)/phi_1(-h); a single rho is 1/2."""
     size = len(points)
     if size == 1:
-        return [torch.full_like(h, 0.5)]
+        return [np.full_like(h, 0.5)]
     phi = phi_functions(-h, size + 1)
     if size == 2:  # the default order's corrector, in closed form: a solver costs several times it
         p, q = points
         first = (2 * phi[2] - q * phi[1]) / phi[0] / (p - q)
         return [first, phi[1] / phi[0] - first]
-    right = torch.stack([math.factorial(i) * phi[i] / phi[0] for i in range(1, size + 1)], dim=-1)
-    stacked = torch.stack(points, dim=-1)
-    matrix = torch.stack([stacked**i for i in range(size)], dim=-2)
+    right = np.stack([math.factorial(i) * phi[i] / phi[0] for i in range(1, size + 1)], axis=-1)
+    stacked = np.stack(points, axis=-1)
+    matrix = np.stack([stacked**i for i in range(size)], axis=-2)
     # Padded steps have no length; they are never used, but must not stop the solver.
-    broken = ~torch.isfinite(matrix).flatten(-2).all(-1) | ~torch.isfinite(right).all(-1)
+    broken = ~np.isfinite(matrix).all((-2, -1)) | ~np.isfinite(right).all(-1)
     degenerate = broken | (h == 0)
-    matrix = torch.where(degenerate[..., None, None], torch.eye(size, dtype=h.dtype), matrix)
-    rho: Tensor = torch.linalg.solve(matrix, right)
-    return list(rho.unbind(-1))
+    matrix = np.where(degenerate[..., None, None], np.eye(size), matrix)
+    right = np.where(degenerate[..., None], 0.0, right)
+    rho = np.linalg.solve(matrix, right[..., None])[..., 0]
+    return list(np.moveaxis(rho, -1, 0))

@@ -115,15 +115,15 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     """Make the calls; state rows are (lanes, D) each. Returns row x (lanes, D), kept (E, D)."""
     program = calls.program
-    state = {
-        row: start.clone() if row in program.start else torch.zeros_like(start)
-        for row in program.rows
-    }
+    zeros = torch.zeros_like(start)
+    state = torch.stack([start if row in program.start else zeros for row in program.rows])
+    active = dict(zip(program.rows, state, strict=True))
     kept = None if calls.kept is None else start.new_empty(len(calls.kept.rows), start.shape[1])
     given = _prepared(network, calls)
     for call, (begin, end) in enumerate(zip(calls.bounds[:-1], calls.bounds[1:], strict=True)):
         rows = calls.rows[begin:end]
-        active = state if calls.in_step else {r: v.index_select(0, rows) for r, v in state.items()}
+        if not calls.in_step:
+            active = dict(zip(program.rows, state.index_select(1, rows), strict=True))
         if kept is not None and calls.kept is not None:
             places, slots = calls.kept.of(call)
             kept.index_copy_(0, slots, active["x"].index_select(0, places).detach())
@@ -133,12 +133,10 @@ def _run(
             continue
         noise = None if calls.noise is None else calls.noise[begin:end]
         values = _advance(program, active, out, calls.coefficients[:, begin:end], noise)
-        if calls.in_step:
-            state = {row: values[name] for row, name in program.carry.items()}
-        else:
-            for row, name in program.carry.items():
-                state[row].index_copy_(0, rows, values[name])
-    return state["x"], kept
+        active = {row: values[name] for row, name in program.carry.items()}
+        if not calls.in_step:
+            state.index_copy_(1, rows, torch.stack([active[row] for row in program.rows]))
+    return active["x"] if calls.in_step else state[0], kept
 
 
 def _prepared(network: LaneNetwork, calls: CallPlan) -> list[tuple[Tensor, ...]]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raysched.data.batches import batch_indices
 from raysched.diffusion.parameterization import ANCHOR_SIGMA_FLOOR, anchored_target
 from raysched.diffusion.posterior import posterior_mean
 from raysched.diffusion.randomness import generator
@@ -66,10 +67,27 @@ def _posterior_mean(
     return posterior_mean(sample, batch.x0[rows], alpha, floor, reference, allowed)
 
 
+def global_rows(run: Run, step: int) -> Tensor:
+    """The dataset's rows of a step's global batch, the same on every rank: (B,)."""
+    size = run.config.training.batch_size
+    return batch_indices(run.config.seed, step, size, run.dataset.train_indices)
+
+
 def reference_rows(run: Run, step: int) -> Tensor:
-    """Training images drawn for a step, without repetition, the same on every rank: (M,)."""
+    """Training images drawn for a step, without repetition, the same on every rank: (M,).
+
+    A quarter of the places is dealt evenly to the classes of the global batch, one at least to
+    each, so that no condition is without references; the rest follows the data's own law.
+    """
     train = torch.from_numpy(np.asarray(run.dataset.train_indices, dtype=np.int64))
     order = torch.randperm(
         len(train), generator=generator(run.config.seed, "posterior_reference", step)
     )
-    return train[order[: run.config.rollout.posterior_reference]]
+    train, count = train[order], run.config.rollout.posterior_reference
+    labels = run.dataset.labels_at(train)
+    classes = set(run.dataset.labels_at(global_rows(run, step)).tolist())
+    quota = max(count // (4 * len(classes)), 1)
+    first = torch.zeros(len(train), dtype=torch.bool)
+    for label in sorted(classes):
+        first[torch.nonzero(labels == label)[:quota, 0]] = True
+    return torch.cat([train[first], train[~first]])[:count]

@@ -37,7 +37,7 @@ def test_a_replay_equals_the_network_for_any_batch_and_any_weights(settings):
             assert torch.equal(traced(**arguments(count)), expected)
             many = {name: torch.cat([v, v]) for name, v in arguments(count).items()}
             made = traced.prepare((1, 8, 8), many["timestep"], many["class_labels"])
-            assert made and all(len(part) == 2 * count for part in made)
+            assert {len(part) for part in made} == {2 * count}
             given = [part[count:] for part in made]
             garbage = torch.full((count,), torch.nan)
             inputs = {**arguments(count), "timestep": garbage}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from raysched.diffusion.reuse import passed_states
 from raysched.training.batch import draw_batch
 from raysched.training.exposure import scheduled_sampling, teacher_forced
 from raysched.training.setup import Run, build_run
-from raysched.training.targets import reference_rows
+from raysched.training.targets import global_rows, reference_rows
 from raysched.training.train_step import sample_losses, train_step
 from tests.training.runs import rollout_config, run_loop, small_config
 
@@ -210,6 +212,23 @@ def test_posterior_means_take_images_of_the_same_class_and_never_the_own_one_twi
     assert checked
 
 
+def test_every_class_of_a_batch_has_references_however_rare_it_is():
+    run = option_run(target="posterior_mean", posterior_reference=20, max_step_offset=1)
+    train = torch.as_tensor(run.dataset.train_indices)
+    labels = np.zeros(len(run.dataset.labels), dtype=np.int64)
+    labels[train[3::40]] = 9  # a few images of the last class, all others of the first
+    run.dataset = dataclasses.replace(run.dataset, labels=labels)
+    rare_steps = 0
+    for step in range(25):
+        drawn = reference_rows(run, step)
+        assert len(drawn) == len(drawn.unique()) == 20
+        present = set(run.dataset.labels_at(global_rows(run, step)).tolist())
+        assert present <= set(run.dataset.labels_at(drawn).tolist())
+        assert torch.equal(drawn, reference_rows(run, step))
+        rare_steps += 9 in present
+    assert rare_steps > 0
+
+
 def test_the_policy_may_be_the_average_and_may_keep_its_dropout():
     samples = {}
     for name, options in {
@@ -265,8 +284,8 @@ def spoil(run: Run, spoilt: set[int], batch) -> None:
     marked = torch.zeros(2 * len(batch.x0), dtype=torch.bool)
     marked[sorted(spoilt)] = True
 
-    def broken(sample, timestep, class_labels, average=False):
-        out = predict(sample, timestep, class_labels, average=average)
+    def broken(sample, timestep, class_labels, **options):
+        out = predict(sample, timestep, class_labels, **options)
         source = add_noise(batch.x0, batch.eps, *run.schedule.alpha_sigma(batch.plan.source_u))
         for row, state in enumerate(sample):
             same = (source - state).flatten(1).abs().amax(dim=1) == 0
@@ -314,7 +333,7 @@ def test_too_many_fallbacks_name_the_samples(share, fails):
 
 
 def test_a_network_that_returns_nan_in_rollouts_stops_the_run_with_a_name(tmp_path, monkeypatch):
-    def broken(self, sample, timestep, class_labels, *, average=False):
+    def broken(self, sample, timestep, class_labels, **options):
         return torch.full_like(sample, torch.nan)
 
     monkeypatch.setattr(Run, "predict", broken)
