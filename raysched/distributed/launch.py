@@ -11,7 +11,6 @@ import contextlib
 import functools
 import gc
 import logging
-import os
 import threading
 import uuid
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 from raysched.config.run import RunConfig
 from raysched.distributed.evaluation_task import check_background_gpu, make_evaluator
+from raysched.distributed.failures import as_user_error, fatal, note_failures, set_fatal
 from raysched.distributed.resources import PlacementWatch, check_resources
 from raysched.distributed.runtime import ensure_ray
 from raysched.distributed.watchdog import Watchdog, strike_in_cluster
@@ -29,9 +29,7 @@ from raysched.training.events import note_event
 from raysched.training.heartbeat import Heartbeat, clear_beats
 from raysched.training.out_of_memory import (
     StepMemoryError,
-    advice,
     halved,
-    is_out_of_memory,
     micro_batch,
     recalled,
     remember,
@@ -42,7 +40,6 @@ from raysched.training.run_folder import WRITER_LOCK, own_run_folder
 
 log = logging.getLogger(__name__)
 ReportCallback = Callable[[Mapping[str, float]], None]
-FATAL_FILE = ".fatal"
 # How often the caller looks whether the trainer's thread has ended.
 QUEUE_WAIT_S = 0.25
 # How long the workers of a killed driver may need to notice.
@@ -154,11 +151,11 @@ def _run_trainer(config: RunConfig, job: WorkerJob, report: ReportCallback) -> R
         _relay(queue, thread, report, _watch(config, job))
     finally:
         queue.shutdown(force=True)
-    kind, message = _fatal(job)
+    kind, message = fatal(Path(job.run_dir), job.attempt)
     if kind == StepMemoryError.__name__:
         raise StepMemoryError(message)
     if "error" in outcome:
-        raise _as_user_error(outcome["error"], Path(job.run_dir)) from outcome["error"]
+        raise as_user_error(outcome["error"], Path(job.run_dir)) from outcome["error"]
     return RunResult(**outcome["result"].return_value)
 
 
@@ -175,10 +172,13 @@ def _watch(config: RunConfig, job: WorkerJob) -> Callable[[], None]:
             _tell(run_dir, hang)
         news, over = placement.look()
         if over:
-            raise RunFailedError(
+            error = RunFailedError(
                 f"{run_dir}: {news}; waited {scaling.resource_timeout_s:g} s "
                 "(scaling.resource_timeout_s); what was computed is kept: go on with --resume"
             )
+            # Ray Train goes on waiting: workers that get their place after all end at once.
+            set_fatal(run_dir, job.attempt, error)
+            raise error
         if news is not None:
             _tell(run_dir, news)
 
@@ -211,7 +211,7 @@ def _make_trainer(config: RunConfig, job: WorkerJob, queue: Any) -> Any:
             queue.put(metrics[0])
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
-            _note_failures(config, job, worker_exceptions)
+            note_failures(config, Path(job.run_dir), job.attempt, worker_exceptions)
 
     scaling = config.scaling
     return TorchTrainer(
@@ -243,7 +243,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     from raysched.training.result import RunResult as Result
 
     job: WorkerJob = settings["job"]
-    kind, message = _fatal(job)
+    kind, message = fatal(Path(job.run_dir), job.attempt)
     if kind:
         # Ray Train starts the group again after any error; a user's mistake stays one.
         return asdict(Result(status="failed", output_dir=job.run_dir, error=message))
@@ -257,36 +257,9 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
             heart=_make_heart(job, context.get_world_rank()),
         )
     except UserError as error:
-        _set_fatal(job, error)
+        set_fatal(Path(job.run_dir), job.attempt, error)
         raise
     return asdict(result)
-
-
-def _set_fatal(job: WorkerJob, error: UserError) -> None:
-    """Keep an error that another start of the group would only meet again."""
-    # A disk that is full has no room for this file either; the error itself is on its way.
-    with contextlib.suppress(OSError):
-        text = f"{job.attempt}\n{type(error).__name__}\n{error}"
-        (Path(job.run_dir) / FATAL_FILE).write_text(text, encoding="utf-8")
-
-
-def _fatal(job: WorkerJob) -> tuple[str, str]:
-    """Class and message of this start's fatal error, empty without one."""
-    path = Path(job.run_dir) / FATAL_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    attempt, _, rest = text.partition("\n")
-    kind, _, message = rest.partition("\n")
-    return (kind, message) if attempt == job.attempt else ("", "")
-
-
-def _note_failures(config: RunConfig, job: WorkerJob, errors: Mapping[int, Exception]) -> None:
-    """In the controller: log who was lost; memory that ran out is no matter of another start."""
-    for rank, error in sorted(errors.items()):
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        note_event(Path(job.run_dir), f"rank {rank} was lost: {last}")
-    killed = [error for error in errors.values() if is_out_of_memory(error)]
-    if killed and not _fatal(job)[0]:
-        _set_fatal(job, StepMemoryError(f"a worker was killed: {advice(config)}"))
 
 
 def _run_loop(
@@ -338,23 +311,4 @@ def _make_heart(job: WorkerJob, rank: int) -> Heartbeat | None:
         attempt=job.attempt,
         node=ray.get_runtime_context().get_node_id(),
         interval_s=min(timeout / 4, 5.0),
-    )
-
-
-def _as_user_error(error: BaseException, run_dir: Path) -> BaseException:
-    """A clear message for what the workers raised; interrupts pass through."""
-    if isinstance(error, UserError | KeyboardInterrupt | SystemExit):
-        return error
-    failures = list(getattr(error, "worker_failures", {}).values())
-    known = [e for e in failures if isinstance(e, UserError)]
-    if known:
-        return known[0]
-    reasons = [str(e) for e in getattr(error, "worker_failures", {}).values()] or [str(error)]
-    first = reasons[0].strip().splitlines()
-    everything = run_dir / "worker-error.txt"
-    with contextlib.suppress(OSError):
-        everything.write_text("\n\n".join(reasons) + os.linesep, encoding="utf-8")
-    return RunFailedError(
-        f"{run_dir}: the workers failed: {first[-1] if first else type(error).__name__} "
-        f"(all of it in {everything}); what was computed is kept: go on with --resume"
     )

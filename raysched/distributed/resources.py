@@ -12,6 +12,8 @@ from raysched.errors import ConfigError
 from raysched.signals import STOP
 
 POLL_S = 0.5
+# Placing a group takes seconds on a busy machine: less waiting than this is no news.
+PATIENCE_S = 5.0
 
 
 def bundle(scaling: ScalingConfig) -> dict[str, float]:
@@ -106,37 +108,52 @@ class PlacementWatch:
     ) -> None:
         self._scaling, self._clock = scaling, clock
         self._since: float | None = None
-        self._next = 0.0
+        self._next, self._told = 0.0, False
+        # Other runs' groups look alike: this run's is among those that come later.
+        self._known = set(_groups())
 
     def look(self) -> tuple[str | None, bool]:
         """What to say, if it is news, and whether waiting is over."""
         now = self._clock()
         if now < self._next:
             return None, False
-        self._next = now + 2.0
+        self._next = now + POLL_S
         problem = self._waiting()
         if problem is None:
-            self._since = None
+            self._since, self._told = None, False
             return None, False
-        news, self._since = self._since is None, self._since or now
-        over = now - self._since >= max(self._scaling.resource_timeout_s, 10.0)
+        self._since = now if self._since is None else self._since
+        # A moment without a place is how every group starts.
+        over = now - self._since >= max(self._scaling.resource_timeout_s, PATIENCE_S)
+        news = not self._told and now - self._since >= PATIENCE_S / 2
+        self._told = self._told or news
         return (problem if news or over else None), over
 
     def _waiting(self) -> str | None:
         import ray
-        from ray.util import placement_group_table
 
         lost = shortage(self._scaling, living_nodes())
         if lost is not None:
             return lost
-        wanted = [bundle(self._scaling)] * self._scaling.num_workers
-        groups: list[Any] = list(placement_group_table().values())
-        pending = [g for g in groups if g["state"] in ("PENDING", "RESCHEDULING")]
-        if not any(list(g["bundles"].values()) == wanted for g in pending):
+        one = bundle(self._scaling)
+        wanted = [one] * self._scaling.num_workers
+        own = [
+            group["state"]
+            for name, group in _groups().items()
+            if name not in self._known and list(group["bundles"].values()) == wanted
+        ]
+        if "CREATED" in own or not {"PENDING", "RESCHEDULING"} & set(own):
             return None
-        free = {n: ray.available_resources().get(n, 0.0) for n in bundle(self._scaling)}
-        left = ", ".join(f"{count:g} {name}s" for name, count in free.items())
+        free = ray.available_resources()
+        left = ", ".join(f"{free.get(name, 0.0):g} {name}s" for name in one)
         return (
-            f"waiting for room for {self._scaling.num_workers} workers: the cluster has {left} "
-            "free, the rest is in use; lower scaling.num_workers or end what uses it"
+            f"scaling: no room for {self._scaling.num_workers} workers: the cluster has {left} "
+            "free, the rest is in use: lower scaling.num_workers, or end what uses it"
         )
+
+
+def _groups() -> dict[str, Any]:
+    from ray.util import placement_group_table
+
+    groups: dict[str, Any] = placement_group_table()
+    return groups

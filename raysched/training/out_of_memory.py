@@ -17,9 +17,17 @@ from raysched.config.run import RunConfig
 from raysched.errors import EXIT_FAILED, UserError
 from raysched.training.files import write_json
 
-# What C++ code says; the kernel's and Ray's killers are told by the second group.
-ALLOCATOR_WORDS = ("out of memory", "you tried to allocate", "bad_alloc", "cannot allocate memory")
-KILLER_WORDS = ("running low on memory", "oom killer", "(oom)", "memory monitor", "oom-killed")
+# What C++ code says; oneDNN has no better words when its buffers can't be had.
+ALLOCATOR_WORDS = (
+    "out of memory",
+    "you tried to allocate",
+    "bad_alloc",
+    "cannot allocate memory",
+    "could not create a primitive",
+    "could not create a memory",
+)
+# Only Ray's own: it also guesses at the kernel's killer whenever a process is gone.
+KILLER_WORDS = ("running low on memory", "node_out_of_memory")
 # What the run has learned about its memory, for later starts.
 ADJUSTMENT_FILE = "out_of_memory.json"
 
