@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from raysched.config.run import RunConfig
 from raysched.config.storage_uri import is_uri
 from raysched.errors import ConfigError
+
+ROOT_VARIABLE = "RAYSCHED_ROOT"
+# Ray unpacks a submitted job's files into a folder of this name, and deletes it after the job.
+_JOB_FOLDER = "working_dir_files"
+
+
+def work_root() -> Path:
+    """The folder that holds `runs/`, and that relative output folders start from.
+
+    $RAYSCHED_ROOT, else the working directory; in a submitted Ray job, whose working directory is
+    deleted after it, `~/raysched`. On several nodes it must be on storage that they share.
+
+    Raises:
+        ConfigError: a submitted job has neither RAYSCHED_ROOT nor a home folder.
+    """
+    given = os.environ.get(ROOT_VARIABLE)
+    if given:
+        return user_path(given, ROOT_VARIABLE).absolute()
+    here = Path.cwd()
+    if _JOB_FOLDER not in here.parts:
+        return here
+    return user_path("~/raysched", f"{ROOT_VARIABLE} is not set")
 
 
 def user_path(text: str, key: str) -> Path:

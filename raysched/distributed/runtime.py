@@ -7,6 +7,7 @@ import os
 import warnings
 from typing import Any
 
+from raysched.distributed.joining import join_cluster, private_environment
 from raysched.signals import STOP
 
 QUIET_ENVIRONMENT = {
@@ -41,16 +42,16 @@ def ensure_ray(num_cpus: int | None = None) -> Any:
     """
     os.environ.update(quiet_environment())
     if "RAY_ADDRESS" not in os.environ:
-        # Nobody but this process knows of the cluster, which listens on loopback only.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Before the import, which reads them.
+        os.environ.update(private_environment())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
     import ray
 
     if ray.is_initialized():
         return ray
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"env_vars": quiet_environment()}, **common)
+    if address := os.environ.get("RAY_ADDRESS"):
+        join_cluster(ray, address, runtime_env={"env_vars": quiet_environment()}, **common)
     else:
         ray.init(
             num_cpus=num_cpus,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysched.config.paths import anchored, user_path
+from raysched.config.paths import anchored, user_path, work_root
 from raysched.config.run import RunConfig
 from raysched.distributed.grace import GraceOver, grace_period
 from raysched.distributed.launch import run_training
@@ -107,10 +107,10 @@ def _out_of_time(config: RunConfig, run_dir: Path) -> RunResult:
 def choose_run_dir(config: RunConfig, *, resume: bool) -> Path:
     """The absolute folder of a run: as configured, the newest of its name, or a new one."""
     if config.training.output_dir is not None:
-        return user_path(config.training.output_dir, "training.output_dir").absolute()
+        return work_root() / user_path(config.training.output_dir, "training.output_dir")
     latest = latest_run_dir(config.name) if resume else None
     if resume and latest is None and (stored := stored_run_name(config)) is not None:
-        return Path.cwd() / "runs" / stored
+        return work_root() / "runs" / stored
     return latest or default_run_dir(config.name)
 
 
@@ -132,7 +132,7 @@ def _tracking(
         return
     from raysched.tracking import Courier, prepare_store, start_run, ui_command
 
-    store = prepare_store(config.tracking, Path.cwd())
+    store = prepare_store(config.tracking, work_root())
     params = flatten(config.model_dump(mode="json", exclude={"name", "tracking"}))
     run_id = start_run(
         store,

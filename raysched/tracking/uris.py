@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from raysched.config.paths import work_root
 from raysched.errors import ConfigError, StorageError
 
 TRACKING_URI_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -82,7 +83,7 @@ def _absolute_sqlite(uri: str, source: str) -> str:
         raise ConfigError(
             f"{source}: an SQLite store needs a file, sqlite:///PATH/mlflow.db, got {uri!r}"
         )
-    return f"{_SQLITE_PREFIX}{Path(path).absolute()}{mark}{query}"
+    return f"{_SQLITE_PREFIX}{work_root() / path}{mark}{query}"
 
 
 def sqlite_path(uri: str) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from raysched.config.loading import dump, load, write_yaml
+from raysched.config.paths import work_root
 from raysched.config.run import RunConfig
 from raysched.errors import ConfigError, StorageError
 from raysched.training.checkpoint import checkpoint_folders
@@ -46,7 +47,7 @@ FREE_ON_RESUME = (
 
 def default_run_dir(name: str, root: Path | None = None) -> Path:
     """`runs/<name>-<time>`, made unique by a suffix."""
-    base = (root or Path.cwd()) / "runs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = (root or work_root()) / "runs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     candidate, number = base, 1
     while candidate.exists():
         number += 1
@@ -56,7 +57,7 @@ def default_run_dir(name: str, root: Path | None = None) -> Path:
 
 def latest_run_dir(name: str, root: Path | None = None) -> Path | None:
     """The newest `runs/<name>-<time>` that holds a run, for `--resume` without a folder."""
-    runs = (root or Path.cwd()) / "runs"
+    runs = (root or work_root()) / "runs"
     found = [path for path in runs.glob(f"{name}-[0-9]*") if holds_run(path)]
     return max(found, key=lambda path: (path / CONFIG_FILE).stat().st_mtime, default=None)
 

@@ -11,7 +11,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from raysched.config.loading import dump, load, write_yaml
-from raysched.config.paths import user_path
+from raysched.config.paths import user_path, work_root
 from raysched.config.run import RunConfig
 from raysched.config.sweep import SweepConfig
 from raysched.errors import ConfigError, StorageError
@@ -41,7 +41,7 @@ def sweep_folder(sweep: SweepConfig, *, resume: bool, root: Path | None = None) 
     Raises:
         StorageError: there is no sweep to resume, or one where a new one should go.
     """
-    root = (root or Path.cwd()).resolve()
+    root = (root or work_root()).resolve()
     if sweep.output_dir is not None:
         folder = (root / user_path(sweep.output_dir, "output_dir")).resolve()
         if holds_sweep(folder) and not resume:

@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raysched.config.paths import work_root
 from raysched.config.space import LoadedSweep
 from raysched.training.evaluate_step import PIPELINE_FOLDER
 from raysched.training.protocols import RunStatus
@@ -151,7 +152,7 @@ def open_store(loaded: LoadedSweep, folder: Path, *, budget: float) -> SweepStor
         return None
     from raysched.tracking import Courier, context_tags, describe_run, prepare_store, start_run
 
-    handle = prepare_store(base.tracking, Path.cwd())
+    handle = prepare_store(base.tracking, work_root())
     context = context_tags(Path.cwd())
     params: dict[str, Any] = {
         "algorithm": sweep.search.algorithm,
