@@ -54,6 +54,7 @@ def compare_with_baseline(
                 low=difference.low,
                 high=difference.high,
                 confidence=config.evaluation.confidence,
+                dof=difference.dof,
             )
         )
     return found

@@ -12,7 +12,7 @@ from raysched.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
 
 TrialStatus = Literal["waiting", "running", "finished", "pruned", "failed", "stopped"]
 SweepStatus = Literal["finished", "stopped", "failed"]
-Answer = Literal["rollouts_pay", "no_clear_winner", "rollouts_do_not_pay"]
+Answer = Literal["rollouts_pay", "other_method_pays", "no_clear_winner", "rollouts_do_not_pay"]
 
 # Names of the metrics that a trial reports.
 OBJECTIVE = "objective"

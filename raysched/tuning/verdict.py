@@ -1,7 +1,7 @@
 """Do rollouts pay? Paired comparison with the baseline, corrected for the number compared.
 
 The difference is q of the baseline minus q of a candidate: positive means that the candidate is
-better. Its p-value comes from the paired bootstrap's spread (normal approximation, two-sided) and
+better. Its two-sided p-value comes from the paired interval (Student's t over several seeds) and
 is corrected over all candidates that reached the budget (Holm 1979).
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
+from raysched.evaluation.few_seeds import quantile, two_sided_p
 from raysched.tuning.display import settings_text
 from raysched.tuning.records import Answer, TrialRecord, Verdict
 
@@ -26,6 +26,7 @@ class Comparison:
         low: lower end of the paired interval.
         high: upper end of the paired interval.
         confidence: level of the interval.
+        dof: degrees of freedom of its error, as in `raysched.evaluation.few_seeds`.
     """
 
     number: int
@@ -33,15 +34,16 @@ class Comparison:
     low: float
     high: float
     confidence: float = 0.95
+    dof: float = math.inf
 
     @property
     def p_value(self) -> float:
         """Two-sided, from the interval's width."""
-        z = NormalDist().inv_cdf(0.5 + self.confidence / 2)
-        error = (self.high - self.low) / (2 * z)
-        if error <= 0:
+        if self.low == self.high:
+            # No width, or one of the two diverged: nothing is left to chance.
             return 1.0 if self.difference == 0 else 0.0
-        return 2 * (1 - NormalDist().cdf(abs(self.difference) / error))
+        error = (self.high - self.low) / (2 * quantile(self.confidence, self.dof))
+        return two_sided_p(self.difference / error, self.dof)
 
 
 def holm(p_values: Mapping[int, float]) -> dict[int, float]:
