@@ -51,7 +51,8 @@ def note_failures(
 def cause(error: BaseException) -> str:
     """The line of a library's error that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    # Ray guesses at length why a process might be gone; the log of the worker has it all.
+    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
 
 
 def as_user_error(error: BaseException, run_dir: Path) -> BaseException:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import threading
 import uuid
@@ -25,6 +24,7 @@ from raysched.distributed.resources import PlacementWatch, check_resources
 from raysched.distributed.runtime import ensure_ray
 from raysched.distributed.watchdog import Watchdog, strike_in_cluster
 from raysched.errors import RunFailedError, UserError
+from raysched.training.allocator import give_back_freed_memory, keep_freed_memory
 from raysched.training.events import note_event
 from raysched.training.heartbeat import Heartbeat, clear_beats
 from raysched.training.out_of_memory import (
@@ -107,7 +107,7 @@ def run_training(
         _tell(run_dir, notes[-1])
         config = smaller
         remember(config, run_dir)
-        gc.collect()
+        give_back_freed_memory()
 
 
 def _run_once(config: RunConfig, job: WorkerJob, report: ReportCallback) -> RunResult:
@@ -272,7 +272,6 @@ def _run_loop(
 ) -> RunResult:
     import torch
 
-    from raysched.training.allocator import keep_freed_memory
     from raysched.training.loop import train_loop
 
     config = RunConfig.model_validate(job.config)

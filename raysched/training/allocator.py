@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+
+import torch
 
 # From <malloc.h>.
 _M_TRIM_THRESHOLD = -1
@@ -28,3 +31,14 @@ def keep_freed_memory() -> bool:
         return False
     settings = (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD)
     return all(mallopt(setting, _KEEP_BYTES) == 1 for setting in settings)
+
+
+def give_back_freed_memory() -> None:
+    """Return what is free to the system and to the GPU's other users; after memory ran out."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
