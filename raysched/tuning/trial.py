@@ -68,6 +68,7 @@ class TrialPlan:
         store: the tracking store, None without tracking.
         train: trains one run.
         root: what the data's relative paths start from; a trial works in another folder.
+        written: runs that are given rather than made of settings, by the trial's number.
     """
 
     raw: Mapping[str, Any]
@@ -77,6 +78,7 @@ class TrialPlan:
     store: StoreHandle | None
     train: Train
     root: Path = field(default_factory=Path.cwd)
+    written: Mapping[int, RunConfig] = field(default_factory=dict)
 
     @property
     def stop_file(self) -> Path:
@@ -95,11 +97,12 @@ class TrialPlan:
 
     def config(self, trial: Mapping[str, Any], seed: int) -> RunConfig:
         """The run of a trial: its settings, the common budget, a seed."""
-        changed = (
-            baseline_config(self.raw)
-            if trial["baseline"]
-            else assign(self.raw, trial["assignments"])
-        )
+        if trial["trial_number"] in self.written:
+            changed = self.written[trial["trial_number"]]
+        elif trial["baseline"]:
+            changed = baseline_config(self.raw)
+        else:
+            changed = assign(self.raw, trial["assignments"])
         changed = anchored(changed, self.root)
         budget = BudgetConfig(forward_equivalents=self.budget)
         storage = changed.training.storage_path

@@ -1,0 +1,145 @@
+"""What a pick starts from: a sweep's folder alone, its best few trials, and seeds it never used.
+
+The trials' own `config.yaml` say what they were trained with, to the letter; only the seed, the
+name and the budget are the pick's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from raysched.config.loading import Loaded, load
+from raysched.config.parsing import read_mapping
+from raysched.config.run import RunConfig
+from raysched.config.space import LoadedSweep
+from raysched.config.sweep import EarlyStoppingConfig, SearchConfig, SweepConfig
+from raysched.errors import StorageError
+from raysched.tuning.folder import BASE_FILE, SWEEP_FILE
+from raysched.tuning.journal import JOURNAL_FILE, apply_event, read_events
+from raysched.tuning.records import TrialRecord
+from raysched.tuning.verdict import eligible
+
+PICK_FOLDER = "pick"
+ROLLOUTS = "scheduled_sampling"
+
+
+@dataclasses.dataclass(frozen=True)
+class PickPlan:
+    """What will be trained again.
+
+    Attributes:
+        folder: the sweep's folder.
+        loaded: the sweep that trains it: no search, no early stopping, fresh seeds.
+        chosen: the baseline and the candidates, as records without work.
+        configs: what each of them was trained with, by number.
+    """
+
+    folder: Path
+    loaded: LoadedSweep
+    chosen: tuple[TrialRecord, ...]
+    configs: Mapping[int, RunConfig]
+
+    def rolls_out(self, record: TrialRecord) -> bool:
+        """Whether a trial trains with rollouts."""
+        config = self.configs[record.number]
+        rolls = config.scheduled_sampling.max_step_offset > 0
+        return config.exposure == ROLLOUTS and rolls
+
+
+def plan_pick(folder: Path, *, top: int, num_seeds: int) -> PickPlan:
+    """Read a sweep's folder and choose whom to train again.
+
+    Args:
+        folder: of the sweep, absolute.
+        top: candidates beside the baseline.
+        num_seeds: fresh seeds.
+
+    Raises:
+        StorageError: the folder holds no sweep, or none of its candidates reached the budget.
+    """
+    sweep, base = _read_sweep(folder)
+    records: dict[int, TrialRecord] = {}
+    for event in read_events(folder / JOURNAL_FILE):
+        apply_event(records, event)
+    candidates = [r for r in eligible(list(records.values())) if not r.baseline]
+    baseline = records.get(0)
+    if baseline is None or not candidates:
+        raise StorageError(
+            f"{folder}: no candidate of this sweep has reached its budget, so there is nothing to "
+            "pick from; go on with it by raysched tune … --resume"
+        )
+    configs = {r.number: _trained_with(folder, r) for r in (baseline, *candidates)}
+    families = {n: config.exposure == ROLLOUTS for n, config in configs.items()}
+    chosen = (baseline, *choose(candidates, families, top))
+    seeds = fresh_seeds(sweep.seeds, num_seeds)
+    budget = next(c.training.budget.forward_equivalents for c in configs.values())
+    update = {
+        "seeds": seeds,
+        "budget_forward_equivalents": budget,
+        "search": SearchConfig(
+            algorithm="random",
+            num_samples=len(chosen) - 1,
+            max_concurrent=sweep.search.max_concurrent,
+        ),
+        "early_stopping": EarlyStoppingConfig(kind="none"),
+        "output_dir": str(folder / PICK_FOLDER),
+    }
+    loaded = LoadedSweep(sweep.model_copy(update=update), base, str(folder / SWEEP_FILE), [])
+    runs = tuple(
+        TrialRecord(r.number, baseline=r.baseline, assignments=r.assignments) for r in chosen
+    )
+    return PickPlan(folder, loaded, runs, {r.number: configs[r.number] for r in chosen})
+
+
+def choose(
+    candidates: Sequence[TrialRecord], rollouts: Mapping[int, bool], top: int
+) -> list[TrialRecord]:
+    """The best few by q, with the best of either kind among them where there is room.
+
+    Whether rollouts pay, and which cheaper method does, can only be said of what is compared.
+
+    Args:
+        candidates: trials that reached the budget.
+        rollouts: by number, whether it trains with rollouts.
+        top: how many; the first ones where there are fewer.
+    """
+    ranked = sorted(candidates, key=lambda r: (r.q if r.q is not None else math.inf, r.number))
+    chosen = ranked[:top]
+    for kind in (True, False):
+        of_kind = [r for r in ranked if rollouts[r.number] == kind]
+        if top > 1 and of_kind and of_kind[0] not in chosen:
+            chosen[-1] = of_kind[0]
+    return chosen
+
+
+def fresh_seeds(used: Sequence[int], count: int) -> tuple[int, ...]:
+    """The next seeds after those of the sweep: the choice was made on the latter."""
+    first = max(used) + 1
+    return tuple(range(first, first + count))
+
+
+def _read_sweep(folder: Path) -> tuple[SweepConfig, Loaded]:
+    path = folder / SWEEP_FILE
+    if not path.is_file() or not (folder / JOURNAL_FILE).is_file():
+        raise StorageError(f"{folder}: holds no sweep; name the folder that raysched tune made")
+    try:
+        sweep = SweepConfig.model_validate(read_mapping(path, str(path)))
+    except ValidationError as error:
+        raise StorageError(f"{path}: is damaged: {error.errors()[0]['msg']}") from error
+    return sweep, load(folder / BASE_FILE)
+
+
+def _trained_with(folder: Path, record: TrialRecord) -> RunConfig:
+    trial = folder / "trials" / record.name
+    written = [trial / "config.yaml", *sorted(trial.glob("seed-*/config.yaml"))]
+    path = next((p for p in written if p.is_file()), None)
+    if path is None:
+        raise StorageError(
+            f"{trial}: its config.yaml is missing, so trial {record.name} can't be trained again"
+        )
+    return load(path).config
