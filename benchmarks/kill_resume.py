@@ -38,7 +38,7 @@ def make_config(workers: int, steps: int) -> RunConfig:
         f"training.checkpoint_every_steps={max(steps // 6, 1)}",
         "training.log_every_steps=5",
         "evaluation.num_samples=100",
-        "evaluation.nfe=5",
+        "evaluation.nfe=[5]",
         f"scaling.num_workers={workers}",
     ]
     return load(CONFIG, overrides).config
