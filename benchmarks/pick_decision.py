@@ -95,7 +95,8 @@ def planted(*, repetitions: int, num_seeds: int = 5) -> dict[str, float]:
     for seed in range(repetitions):
         found = repetition(seed, num_seeds=num_seeds, margin=MARGIN, num_candidates=3)
         low, high = found.verdict.low, found.verdict.high
-        assert low is not None and high is not None
+        assert low is not None
+        assert high is not None
         named += found.winner == BETTER
         covered += low <= truth <= high
     return {"repetitions": repetitions, "named": named, "covered": covered, "truth": truth}

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from raysched.config.run import RunConfig
     from raysched.training.result import RunResult
+    from raysched.tuning.pick import PickResult
     from raysched.tuning.records import SweepResult
 
 # click's base class of everything that is wrong with a command line.
@@ -110,6 +111,32 @@ def tune(
         result = run_sweep(loaded, resume=resume, console=console, write_report=write_report)
         print_summary(result, console)
         return _outcome(result)
+
+    return work
+
+
+@app.command(epilog="Example: raysched pick runs/digits-rollout-20260101-120000 --top 2")
+def pick(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep's folder.")],
+    top: Annotated[int, typer.Option(min=1, help="Candidates beside the baseline.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Fresh seeds of each.")] = 3,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> Work:
+    """Train a sweep's best again on fresh seeds, and say who beats plain training."""
+
+    def work() -> Outcome:
+        STOP.install()
+        from pathlib import Path
+
+        from raysched.report.pick_sheet import write_pick_sheet
+        from raysched.tuning.pick import run_pick
+
+        result = run_pick(
+            Path(sweep), top=top, num_seeds=seeds, resume=resume,
+            console=_console(as_json), write_sheet=write_pick_sheet,
+        )  # fmt: skip
+        return _outcome(result, result.as_text())
 
     return work
 
@@ -295,7 +322,7 @@ def _console(as_json: bool) -> Console:
     return Lasting(stderr=as_json, soft_wrap=True)
 
 
-def _outcome(result: RunResult | SweepResult, text: str = "") -> Outcome:
+def _outcome(result: RunResult | SweepResult | PickResult, text: str = "") -> Outcome:
     """A run's or a sweep's end; its error is told on stderr as well."""
     payload = result.as_json()
     if result.error is None:
