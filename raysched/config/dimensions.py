@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from raysched.config.conditions import first_match, normal_condition, split_condition
 from raysched.config.entries import Entries, Entry, Finding, unknown_key
 from raysched.config.fields import RUN, alternatives, closest, is_number, same, show
 from raysched.config.loading import examine
-from raysched.config.sweep import Dimension
+from raysched.config.sweep import KINDS, Dimension
 
-KINDS = tuple(Dimension.model_fields)
-RANGES = ("uniform", "loguniform", "randint")
+RANGES = ("uniform", "loguniform", "quniform", "randint", "lograndint", "qrandint")
+WHOLE = ("randint", "lograndint", "qrandint")
+STEPPED = ("quniform", "qrandint")
+LOGARITHMIC = ("loguniform", "lograndint")
 NOT_SEARCHED = {
     "seed": "repeats belong in the sweep's seeds",
     "name": "every trial gets its own name",
@@ -55,12 +58,30 @@ def read_space(
         if path in dimensions:
             findings.append(Finding(source, place, "is given twice (flat and dotted); keep one"))
             continue
-        texts = _kind_mistakes(value, algorithm) or _range_mistakes(path, value)
-        texts = texts or _value_mistakes(path, value, base)
+        kinds, when, texts = split_condition(value, space)
+        texts = texts or _kind_mistakes(kinds, algorithm) or _range_mistakes(path, kinds)
+        if not texts:
+            texts = _value_mistakes(path, kinds, _fitting(when, space, base))
         findings += [Finding(source, place, text) for text in texts]
         if not texts:
-            dimensions[path] = Dimension.model_validate(value)
+            dimensions[path] = Dimension.model_validate({**kinds, "when": when or None})
     return dimensions, findings
+
+
+def _fitting(when: Mapping[str, Any], space: Mapping[Any, Any], base: Entries) -> Entries:
+    """The base run, changed so that a condition holds, and those that it rests on."""
+    entries = dict(base)
+    written = {RUN.resolve(str(key)): value for key, value in space.items()}
+    left = dict(when)
+    for _ in range(len(written) + 1):
+        further: dict[str, Any] = {}
+        for key, test in left.items():
+            if key in written:
+                entries[key] = Entry(first_match(test), "space")
+                more = written[key].get("when") if isinstance(written[key], Mapping) else None
+                further |= normal_condition(more) if isinstance(more, Mapping) else {}
+        left = further
+    return entries
 
 
 def _key_mistake(written: Any, path: str, source: str) -> Finding | None:
@@ -93,7 +114,9 @@ def _kind_mistakes(value: Any, algorithm: str) -> list[str]:
     kind, values = given[0], value[given[0]]
     if not isinstance(values, list | tuple) or not values:
         return [f"{kind} must be a list, not empty, got {show(values)}"]
-    if kind in RANGES and len(values) != 2:
+    if kind in STEPPED and len(values) != 3:
+        return [f"{kind} must be [low, high, step], got {show(values)}"]
+    if kind in RANGES and kind not in STEPPED and len(values) != 2:
         return [f"{kind} must be [low, high], got {show(values)}"]
     if kind == "grid" and algorithm != "grid":
         return [f"grid needs search.algorithm grid, got {algorithm}; use choice"]
@@ -112,17 +135,29 @@ def _range_mistakes(path: str, value: Mapping[str, Any]) -> list[str]:
     types = {o.get("type") for o in options}
     if not types & {"integer", "number"}:
         return [f"{kind} needs a setting that is a number; use choice"]
-    if kind != "randint" and "number" not in types:
-        return [f"{kind} draws fractions, but the setting is a whole number; use randint"]
-    whole = kind == "randint"
+    whole = kind in WHOLE
+    if not whole and "number" not in types:
+        use = {"loguniform": "lograndint", "quniform": "qrandint"}.get(kind, "randint")
+        return [f"{kind} draws fractions, but the setting is a whole number; use {use}"]
     if not all(is_number(v, whole=whole) for v in values):
         words = "whole numbers" if whole else "finite numbers"
-        return [f"{kind} must be two {words}, got {show(values)}"]
-    low, high = values
+        count = "three" if kind in STEPPED else "two"
+        return [f"{kind} must be {count} {words}, got {show(values)}"]
+    low, high = values[:2]
     if low >= high:
         return [f"{kind} must have low < high, got {show(values)}"]
-    if kind == "loguniform" and low <= 0:
-        return [f"loguniform must have low > 0, got {show(low)}"]
+    if kind in LOGARITHMIC and low <= 0:
+        return [f"{kind} must have low > 0, got {show(low)}"]
+    return _step_mistakes(kind, values) if kind in STEPPED else []
+
+
+def _step_mistakes(kind: str, values: Any) -> list[str]:
+    low, high, step = values
+    if step <= 0:
+        return [f"{kind} must have step > 0, got {show(step)}"]
+    steps = (high - low) / step
+    if abs(steps - round(steps)) > 1e-6:
+        return [f"{kind} must reach high from low in whole steps, got {show(values)}"]
     return []
 
 
@@ -131,9 +166,10 @@ def _value_mistakes(path: str, value: Mapping[str, Any], base: Entries) -> list[
     kind, values = next(iter(value.items()))
     named = [("", v) for v in values]
     if kind in RANGES:
-        low, high = values
-        last = high - 1 if kind == "randint" else high
-        named = [("low: ", low), ("high - 1: " if kind == "randint" else "high: ", last)]
+        low, high = values[:2]
+        half_open = kind in ("randint", "lograndint")
+        last = high - 1 if half_open else high
+        named = [("low: ", low), ("high - 1: " if half_open else "high: ", last)]
     texts = []
     for name, candidate in named:
         _, mistakes = examine({**base, path: Entry(candidate, "space")})
@@ -185,7 +221,13 @@ def inside(dimension: Dimension, value: Any) -> bool:
     """Whether a value is one that the dimension could give."""
     if dimension.kind not in RANGES:
         return any(same(value, v) for v in dimension.values)
-    low, high = dimension.values
-    if dimension.kind == "randint":
-        return is_number(value, whole=True) and low <= value < high
-    return is_number(value) and low <= value <= high
+    low, high = dimension.values[:2]
+    if not is_number(value, whole=dimension.kind in WHOLE):
+        return False
+    if dimension.kind in ("randint", "lograndint"):
+        return bool(low <= value < high)
+    on_step = True
+    if dimension.kind in STEPPED:
+        steps = (value - low) / dimension.values[2]
+        on_step = abs(steps - round(steps)) < 1e-6
+    return bool(low <= value <= high) and on_step

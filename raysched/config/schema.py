@@ -9,7 +9,7 @@ from typing import Any
 from raysched.config.entries import MARKER
 from raysched.config.fields import RUN, flat_key
 from raysched.config.run import RunConfig
-from raysched.config.sweep import SweepConfig
+from raysched.config.sweep import KINDS, SweepConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -45,7 +45,7 @@ def sweep_schema() -> dict[str, Any]:
     searched["additionalProperties"] = False
     definition = schema["$defs"]["Dimension"]
     # In a file exactly one kind is given; the model's other kinds are null.
-    definition |= {"minProperties": 1, "maxProperties": 1}
+    definition["oneOf"] = [{"required": [kind]} for kind in KINDS]
     for kind, field in definition["properties"].items():
         definition["properties"][kind] = next(
             option for option in field["anyOf"] if option.get("type") != "null"

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raysched.config.dimensions import KINDS, read_points, read_space
+from raysched.config.dimensions import read_points, read_space
 from raysched.config.entries import (
     COMMAND_LINE,
     Entries,
@@ -32,6 +32,7 @@ from raysched.config.loading import (
     examine,
     read_entries,
 )
+from raysched.config.objective_rules import objective_mistakes
 from raysched.config.overrides import (
     BUDGET_UNITS,
     Token,
@@ -42,7 +43,9 @@ from raysched.config.overrides import (
 )
 from raysched.config.parsing import parse_yaml, read_mapping
 from raysched.config.run import RunConfig
-from raysched.config.sweep import Dimension, SweepConfig
+from raysched.config.structure import Structure
+from raysched.config.structure_rules import read_structure
+from raysched.config.sweep import KINDS, Dimension, SweepConfig
 from raysched.config.sweep_rules import sweep_budget, sweep_warnings
 from raysched.errors import ConfigError
 
@@ -61,12 +64,14 @@ class LoadedSweep:
         base: the base run with the sweep's and the command line's overrides.
         source: the space's file.
         warnings: one line each.
+        structure: which of its settings go together.
     """
 
     sweep: SweepConfig
     base: Loaded
     source: str
     warnings: list[str]
+    structure: Structure
 
     @property
     def budget(self) -> float:
@@ -113,7 +118,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:
     raise_findings([*findings, *_budget_mistake(sweep, config, source)])
     assert sweep is not None, "a sweep without findings is valid"
     base = Loaded(config, [], nested(merged), written.source)
-    return LoadedSweep(sweep, base, source, sweep_warnings(sweep, config, merged, written, source))
+    structure, wrong, idle = read_structure(sweep, config, base.raw, source)
+    raise_findings([*wrong, *objective_mistakes(sweep, config, source)])
+    assert structure is not None, "a structure without findings is there"
+    warnings = [*sweep_warnings(sweep, config, merged, written, source), *idle]
+    return LoadedSweep(sweep, base, source, warnings, structure)
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[Token], list[Token], list[Finding]]:
@@ -151,6 +160,9 @@ def _sweep_entries(tokens: Sequence[Token], file: Entries) -> tuple[Entries, lis
             current = dict(current) if isinstance(current, Mapping) else {}
             try:
                 path, value = _free_form(head, key, token.text or "")
+                before = next((v for k, v in current.items() if RUN.resolve(str(k)) == path), None)
+                if head == "space" and isinstance(before, Mapping) and "when" in before:
+                    value = {"when": before["when"], **value}
                 current = {k: v for k, v in current.items() if RUN.resolve(str(k)) != path}
                 current[path] = value
             except ValueError as error:
@@ -264,7 +276,7 @@ def _sweep(
 
 
 def _spelled(dimension: Dimension) -> dict[str, Any]:
-    return {dimension.kind: list(dimension.values)}
+    return {dimension.kind: list(dimension.values), "when": dimension.when}
 
 
 def _budget_mistake(sweep: SweepConfig | None, config: RunConfig, source: str) -> list[Finding]:

@@ -83,7 +83,7 @@ MISTAKES = [
     (
         {f"{SS}.sampler": {"choyce": ["euler"]}},
         f"{SS}.sampler: 'choyce' is no kind; it must be one of choice, uniform, loguniform, "
-        "randint, grid; did you mean choice?",
+        "quniform, randint, lograndint, qrandint, grid; did you mean choice?",
     ),
     ({f"{SS}.sampler": {"choice": []}}, f"{SS}.sampler: choice must be a list, not empty, got []"),
     ({f"{SS}.samplr": {"choice": [1]}}, f"{SS}.samplr: unknown key; did you mean {SS}.sampler?"),
