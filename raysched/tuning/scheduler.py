@@ -1,40 +1,42 @@
-"""Successive halving on compute (ASHA, Li et al. 2018, arXiv 1810.05934) that kills no trial.
+"""Early stopping on compute that kills no trial: ASHA, Hyperband, median rule, MO-ASHA.
 
-Ray's scheduler decides; its STOP becomes a request in the trial's folder, after which the loop
-saves a checkpoint and ends itself. So nothing is lost, and the workers' placement group is freed
-by the trainer that made it.
+A rule decides (`raysched.tuning.rules`); its stop becomes a request in the trial's folder, after
+which the loop saves a checkpoint and ends itself. So nothing is lost, and the workers' placement
+group is freed by the trainer that made it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raysched.config.sweep import EarlyStoppingConfig
-from raysched.tuning.records import FORWARD_EQUIVALENTS, OBJECTIVE, TrialRecord
+from raysched.tuning.records import FORWARD_EQUIVALENTS, METRICS, OBJECTIVE, Point, TrialRecord
+from raysched.tuning.rules import make_rule
+
+# A trial's losses as they stand at the last of its evaluations; None: not known yet.
+Losses = Callable[[Sequence[Point]], tuple[float, ...] | None]
 
 
-@dataclass(frozen=True)
-class _Named:
-    """A trial under a name that outlives Ray's: rungs are refilled when a sweep is resumed."""
-
-    trial_id: str
+def last_quality(curve: Sequence[Point]) -> tuple[float, ...]:
+    """q at the last evaluation: what one objective is pruned by."""
+    return (curve[-1].q,)
 
 
-class ComputeHalving(AsyncHyperBandScheduler):  # type: ignore[misc]
-    """Halving whose time axis is forward equivalents.
+class ComputeHalving(FIFOScheduler):  # type: ignore[misc]
+    """Early stopping whose time axis is forward equivalents.
 
-    The baseline is neither stopped nor a competitor at the rungs; the rung at the budget itself
-    decides nothing.
+    The baseline is neither stopped nor a competitor; the rung at the budget itself decides
+    nothing.
 
     Args:
-        config: grace period and factor.
+        config: kind, grace period and the rest.
         budget: F, forward equivalents of every trial.
         prune: called with the trial's number, the run folder of its last report and the reason.
+        losses: what trials are compared by; several need `mo_asha`.
     """
 
     def __init__(
@@ -43,19 +45,15 @@ class ComputeHalving(AsyncHyperBandScheduler):  # type: ignore[misc]
         *,
         budget: float,
         prune: Callable[[int, str, str], None],
+        losses: Losses = last_quality,
     ) -> None:
-        super().__init__(
-            time_attr=FORWARD_EQUIVALENTS,
-            metric=OBJECTIVE,
-            mode="min",
-            max_t=budget,
-            grace_period=config.grace_fraction * budget,
-            reduction_factor=config.reduction_factor,
-            stop_last_trials=False,
-        )
+        super().__init__()
         self._config = config
         self._budget = budget
         self._prune = prune
+        self._losses = losses
+        self._rule = make_rule(config, budget)
+        self._curves: dict[int, list[Point]] = {}
         self._pruned: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -63,29 +61,27 @@ class ComputeHalving(AsyncHyperBandScheduler):  # type: ignore[misc]
         return {}
 
     def replay(self, records: Iterable[TrialRecord]) -> None:
-        """Refill the rungs with the evaluations of an earlier session."""
+        """Take up the evaluations of an earlier session, in the order of the trials."""
         for record in records:
             if record.baseline:
                 continue
-            self._add(record.number)
             if record.status == "pruned":
                 self._pruned.add(record.number)
             for point in record.curve:
-                self._decide(record.number, point.forward_equivalents, point.q)
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Enter a trial under its number."""
-        self._add(trial.config["trial_number"])
+                self._decide(record.number, point)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Let the trial go on; if its rung says stop, ask its loop to end."""
+        """Let the trial go on; if the rule says stop, ask its loop to end."""
         number = trial.config["trial_number"]
         if trial.config["baseline"] or result.get("ended") or number in self._pruned:
             return str(TrialScheduler.CONTINUE)
         spent, q = result.get(FORWARD_EQUIVALENTS), result.get(OBJECTIVE)
-        if spent is not None and q is not None and self._decide(number, spent, q):
+        if spent is None or q is None:
+            return str(TrialScheduler.CONTINUE)
+        point = Point(spent, q, result.get(METRICS) or {})
+        if self._decide(number, point):
             self._pruned.add(number)
-            self._prune(number, str(result.get("run_dir", "")), self._reason(spent, q))
+            self._prune(number, str(result.get("run_dir", "")), self._reason(point))
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_complete(
@@ -93,21 +89,24 @@ class ComputeHalving(AsyncHyperBandScheduler):  # type: ignore[misc]
     ) -> None:
         """Nothing: the last report repeats an evaluation that has been seen."""
 
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Nothing: what a trial reached stays a competitor."""
-
-    def _add(self, number: int) -> None:
-        if f"{number}" not in self._trial_info:
-            super().on_trial_add(None, _Named(f"{number}"))
-
-    def _decide(self, number: int, spent: float, q: float) -> bool:
-        if spent >= self._budget or not math.isfinite(q):
+    def _decide(self, number: int, point: Point) -> bool:
+        spent = point.forward_equivalents
+        if spent >= self._budget:
             return False
-        result = {FORWARD_EQUIVALENTS: spent, OBJECTIVE: q}
-        decision = super().on_trial_result(None, _Named(f"{number}"), result)
-        return bool(decision == TrialScheduler.STOP)
+        # A resumed trial may repeat its last evaluations.
+        kept = [p for p in self._curves.get(number, []) if p.forward_equivalents < spent]
+        self._curves[number] = [*kept, point]
+        values = self._losses(self._curves[number])
+        if values is None or not all(map(math.isfinite, values)):
+            return False
+        return self._rule.stops(number, spent, values)
 
-    def _reason(self, spent: float, q: float) -> str:
-        share = round(100 * spent / self._budget)
+    def _reason(self, point: Point) -> str:
+        share = round(100 * point.forward_equivalents / self._budget)
         factor = f"{self._config.reduction_factor:g}"
-        return f"rung at {share} % of the budget: q {q:.4g} was not in the best 1/{factor}"
+        if self._config.kind == "median":
+            return f"at {share} % of the budget: worse than the median, q {point.q:.4g}"
+        if self._config.kind == "mo_asha":
+            place = f"not in the best 1/{factor} by non-dominated rank"
+            return f"rung at {share} % of the budget: {place}, q {point.q:.4g}"
+        return f"rung at {share} % of the budget: q {point.q:.4g} was not in the best 1/{factor}"
