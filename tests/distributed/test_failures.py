@@ -24,7 +24,7 @@ from raysched.training.events import read_events
 from raysched.training.heartbeat import WORKERS_FOLDER, Beat, beat_file, dump_stacks
 from raysched.training.out_of_memory import halved, is_out_of_memory
 from raysched.training.run_folder import open_run_folder, read_metrics
-from tests.training.runs import rollout_config, small_config
+from tests.training.runs import rollout_config, run_loop, small_config
 from tests.training.test_resume import start, wait_for_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,9 +106,7 @@ def test_a_cluster_in_use_is_waited_for_aloud_and_not_for_ever(tmp_path, ray_ses
     other = placement_group([{"CPU": 1}])
     assert other.wait(30)
     try:
-        with pytest.raises(
-            RunFailedError, match=r"no room for 2 workers: .* free"
-        ):
+        with pytest.raises(RunFailedError, match=r"no room for 2 workers: .* free"):
             run_training(config, run_dir=tmp_path / "run", report=lambda metrics: None)
     finally:
         remove_placement_group(other)
@@ -327,3 +325,41 @@ def test_a_number_that_is_none_on_one_rank_ends_all_ranks_with_its_sample_named(
     named = re.search(r"step 2: the loss of 1 samples is nan \((\d+)\)", ends[0][1])
     assert named, ends[0][1]
     assert 8 <= int(named[1]) < 16
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_lost_node_costs_one_interval_where_another_has_room(tmp_path, monkeypatch):
+    """Two nodes with one CPU each and a head without: the one that trains is killed."""
+    from ray.cluster_utils import Cluster
+
+    config = rollout_config(
+        training__budget__steps=250,
+        training__checkpoint_every_steps=20,
+        scaling__num_workers=1,
+    )
+    write_yaml(config, tmp_path / "config.yaml")
+    # What the master takes for a lost node comes at once; its defaults wait half a minute.
+    system = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": system}
+    )
+    process = None
+    try:
+        nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1) for _ in "ab")}
+        run_dir = tmp_path / "run"
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        process = start(run_dir, "--json")
+        wait_for_step(process, run_dir, 30)
+        (beat,) = wait_until(lambda: beats(run_dir), "a sign of life")
+        cluster.remove_node(nodes[beat["node"]], allow_graceful=False)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert any("rank 0 was lost" in event for event in read_events(run_dir))
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+        cluster.shutdown()
+    straight = run_loop(config, tmp_path / "straight")
+    assert json.loads(out)["weights_sha256"] == straight.weights_sha256
