@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raysched.config.dimensions import read_points, read_space
+from raysched.config.early_rules import early_mistakes
 from raysched.config.entries import (
     COMMAND_LINE,
     Entries,
@@ -43,8 +44,8 @@ from raysched.config.overrides import (
 )
 from raysched.config.parsing import parse_yaml, read_mapping
 from raysched.config.run import RunConfig
-from raysched.config.structure import Structure
-from raysched.config.structure_rules import read_structure
+from raysched.config.structure import Structure, structure_of
+from raysched.config.structure_rules import structure_findings
 from raysched.config.sweep import KINDS, Dimension, SweepConfig
 from raysched.config.sweep_rules import sweep_budget, sweep_warnings
 from raysched.errors import ConfigError
@@ -64,14 +65,17 @@ class LoadedSweep:
         base: the base run with the sweep's and the command line's overrides.
         source: the space's file.
         warnings: one line each.
-        structure: which of its settings go together.
     """
 
     sweep: SweepConfig
     base: Loaded
     source: str
     warnings: list[str]
-    structure: Structure
+
+    @property
+    def structure(self) -> Structure:
+        """Which of its settings go together."""
+        return structure_of(self.sweep, self.base.config)
 
     @property
     def budget(self) -> float:
@@ -118,11 +122,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:
     raise_findings([*findings, *_budget_mistake(sweep, config, source)])
     assert sweep is not None, "a sweep without findings is valid"
     base = Loaded(config, [], nested(merged), written.source)
-    structure, wrong, idle = read_structure(sweep, config, base.raw, source)
+    wrong, idle = structure_findings(sweep, config, base.raw, source)
+    wrong += early_mistakes(sweep, config, sweep_budget(sweep, config), source)
     raise_findings([*wrong, *objective_mistakes(sweep, config, source)])
-    assert structure is not None, "a structure without findings is there"
     warnings = [*sweep_warnings(sweep, config, merged, written, source), *idle]
-    return LoadedSweep(sweep, base, source, warnings, structure)
+    return LoadedSweep(sweep, base, source, warnings)
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[Token], list[Token], list[Finding]]:

@@ -27,10 +27,10 @@ NUM_POINTS = 1000
 NUM_RUNS = 40
 
 
-def read_structure(
+def structure_findings(
     sweep: SweepConfig, config: RunConfig, raw: Mapping[str, Any], source: str
-) -> tuple[Structure | None, list[Finding], list[str]]:
-    """A sweep's structure, its mistakes, and its warnings.
+) -> tuple[list[Finding], list[str]]:
+    """The mistakes and the warnings of a sweep's structure.
 
     Args:
         sweep: its dimensions checked one by one.
@@ -58,15 +58,14 @@ def read_structure(
         findings.append(Finding(source, "space", f"conditions go round in a circle: {circle}"))
     findings += _algorithm_mistakes(sweep, source)
     if findings:
-        return None, findings, []
+        return findings, []
     points = _points(structure)
     findings = _constraint_mistakes(structure, points, source)
     findings += _point_mistakes(sweep, structure, source)
     if findings:
-        return None, findings, []
+        return findings, []
     kept = [point for point in points if structure.broken(point) is None]
-    mistakes, warnings = _run_mistakes(structure, kept, raw, source)
-    return structure, mistakes, warnings
+    return _run_mistakes(structure, kept, raw, source)
 
 
 def _algorithm_mistakes(sweep: SweepConfig, source: str) -> list[Finding]:
@@ -95,8 +94,10 @@ def _constraint_mistakes(
     findings = []
     for number, constraint in enumerate(structure.constraints):
         alone = Structure(structure.space, structure.fixed, (constraint,))
+        searched = constraint.names & set(structure.space)
+        concerned = [point for point in points if searched <= point.keys()]
         try:
-            none = all(alone.broken(point) is not None for point in points)
+            none = all(alone.broken(point) is not None for point in concerned)
         except ValueError as error:
             findings.append(Finding(source, f"constraints[{number}]", str(error)))
             continue

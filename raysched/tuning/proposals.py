@@ -8,11 +8,10 @@ finite penalty, so that the sampler learns to stay away.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -25,6 +24,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState
 
 from raysched.config.fields import same
+from raysched.config.structure import Structure, value_at
 from raysched.config.sweep import Dimension, SearchConfig
 from raysched.tuning.records import Point, TrialRecord
 
@@ -32,38 +32,51 @@ from raysched.tuning.records import Point, TrialRecord
 MAX_DRAWS = 200
 
 
+def quality_loss(record: TrialRecord) -> tuple[float, ...] | None:
+    """q of a finished trial."""
+    return None if record.q is None else (record.q,)
+
+
 class Proposals:
     """Proposes settings over a space, first the points that the user gave.
 
     Args:
-        space: dotted key -> dimension.
+        space: dotted key -> dimension, or a structure with conditions and constraints.
         search: algorithm, seed, first points.
+        losses: what a finished trial is worth, lower is better; default: its q.
+        num_losses: how many numbers that are.
         allowed: whether the run model accepts the settings.
         past: trials of an earlier session; those that ended are told to the sampler.
     """
 
     def __init__(
         self,
-        space: Mapping[str, Dimension],
+        space: Mapping[str, Dimension] | Structure,
         search: SearchConfig,
         *,
+        losses: Callable[[TrialRecord], Sequence[float] | None] = quality_loss,
+        num_losses: int = 1,
         allowed: Callable[[dict[str, Any]], bool] = lambda _: True,
         past: Iterable[TrialRecord] = (),
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._space = dict(space)
+        self._structure = space if isinstance(space, Structure) else Structure(space, {})
+        self._space = dict(self._structure.space)
         self._distributions = {key: distribution(dim) for key, dim in self._space.items()}
+        self._losses, self._num_losses = losses, num_losses
         self._allowed = allowed
         candidates = [record for record in past if not record.baseline]
         self._seen = {_fingerprint(record.assignments) for record in candidates}
         # Seeded by how many came before, so that a resumed search doesn't repeat its first draws.
         sampler = _sampler(search, search.seed + 7919 * len(candidates))
-        self.study = optuna.create_study(direction="minimize", sampler=sampler)
+        directions = ["minimize"] * num_losses
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.study = optuna.create_study(directions=directions, sampler=sampler)
         self._asked: dict[int, optuna.Trial] = {}
-        fixed = [*search.points, *(_grid(self._space) if search.algorithm == "grid" else ())]
         # Points are tried in order: an earlier session has used up as many as it has trials.
-        self._fixed = [dict(point) for point in fixed][len(candidates) :]
-        self._only_fixed = search.algorithm == "grid"
+        self._fixed = [dict(point) for point in search.points][len(candidates) :]
+        self._listed = _listed(self._structure, search)
         for record in candidates:
             if record.ended:
                 self._replay(record)
@@ -76,44 +89,65 @@ class Proposals:
             settings = self._first_new(number, draws, point)
             if settings is not None:
                 return settings
-        return None if self._only_fixed else self._first_new(number, MAX_DRAWS, {})
+        if self._listed is None:
+            return self._first_new(number, MAX_DRAWS, {})
+        for point in self._listed:
+            if _fingerprint(point) not in self._seen:
+                settings = self._first_new(number, 1, point)
+                if settings is not None:
+                    return settings
+        return None
 
     def ask_again(self, record: TrialRecord) -> None:
         """Register an unfinished trial of an earlier session under its number and settings."""
         self.study.enqueue_trial(self._encode(record.assignments))
-        self._asked[record.number] = self._ask_optuna()
+        self._asked[record.number] = self._ask_optuna()[0]
 
     def tell(self, record: TrialRecord) -> None:
         """Tell the sampler how a trial ended; never raises on odd numbers."""
         trial = self._asked.pop(record.number, None)
         if trial is None:
             return
-        state, value = self._outcome(record)
-        if state is TrialState.PRUNED:
+        state, values = self._outcome(record)
+        if state is TrialState.PRUNED and self._num_losses == 1:
+            # With several objectives Optuna takes no evaluations on the way.
             for step, q in _intermediate(record.curve).items():
                 trial.report(q, step)
-        self.study.tell(trial, value, state=state)
+        self.study.tell(trial, values, state=state)
 
-    def _ask_optuna(self) -> optuna.Trial:
+    def _ask_optuna(self) -> tuple[optuna.Trial, dict[str, Any]]:
+        """A trial of Optuna's, asked for the settings that its own conditions leave in."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return self.study.ask(self._distributions)
+            trial = self.study.ask()
+            settings = self._structure.choose(
+                lambda key: decode(
+                    self._space[key], _suggest(trial, key, self._distributions[key])
+                )
+            )
+        return trial, settings
 
     def _first_new(self, number: int, draws: int, point: dict[str, Any]) -> dict[str, Any] | None:
         """Draw what `point` leaves open until the settings are new and allowed."""
         for _ in range(draws):
             if point:
                 self.study.enqueue_trial(self._encode(point))
-            settings = self._draw(number)
+            settings = self._draw(number, point)
             if settings is not None:
                 return settings
         return None
 
-    def _draw(self, number: int) -> dict[str, Any] | None:
-        trial = self._ask_optuna()
-        settings = {key: decode(dim, trial.params[key]) for key, dim in self._space.items()}
+    def _draw(self, number: int, point: Mapping[str, Any]) -> dict[str, Any] | None:
+        trial, settings = self._ask_optuna()
         fingerprint = _fingerprint(settings)
-        if fingerprint in self._seen or not self._allowed(settings):
+        refused = (
+            fingerprint in self._seen
+            # What else was drawn left out a setting of the point.
+            or not point.keys() <= settings.keys()
+            or self._structure.broken(settings) is not None
+            or not self._allowed(settings)
+        )
+        if refused:
             self.study.tell(trial, state=TrialState.FAIL)
             return None
         self._seen.add(fingerprint)
@@ -124,53 +158,63 @@ class Proposals:
         return {key: encode(self._space[key], value) for key, value in point.items()}
 
     def _replay(self, record: TrialRecord) -> None:
-        state, value = self._outcome(record)
-        intermediate = _intermediate(record.curve) if state is TrialState.PRUNED else {}
+        state, values = self._outcome(record)
+        one = self._num_losses == 1
+        pruned = state is TrialState.PRUNED and one
         frozen: FrozenTrial = optuna.trial.create_trial(
             state=state,
-            value=value if state is TrialState.COMPLETE else None,
+            values=list(values) if values is not None else None,
             params=self._encode(record.assignments),
-            distributions=self._distributions,
-            intermediate_values=intermediate,
+            distributions={key: self._distributions[key] for key in record.assignments},
+            intermediate_values=_intermediate(record.curve) if pruned else {},
         )
         self.study.add_trial(frozen)
 
-    def _outcome(self, record: TrialRecord) -> tuple[TrialState, float | None]:
-        finite = record.q is not None and math.isfinite(record.q)
-        if record.status == "finished" and finite:
-            return TrialState.COMPLETE, record.q
+    def _outcome(self, record: TrialRecord) -> tuple[TrialState, Sequence[float] | None]:
+        losses = self._losses(record) if record.status == "finished" else None
+        if losses is not None and all(map(math.isfinite, losses)):
+            return TrialState.COMPLETE, losses
         if record.status == "pruned" and _intermediate(record.curve):
             return TrialState.PRUNED, None
-        penalty = self._penalty() if record.diverged or record.status == "finished" else None
+        # A finished trial that lacks an objective says nothing about its settings.
+        diverged = record.diverged or losses is not None or _no_number(record)
+        penalty = self._penalty() if diverged else None
         if penalty is None:
             return TrialState.FAIL, None
         return TrialState.COMPLETE, penalty
 
-    def _penalty(self) -> float | None:
+    def _penalty(self) -> list[float] | None:
         """Worse than everything seen by the range of what was seen; None before any value."""
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        seen = [float(trial.value) for trial in done if trial.value is not None]
+        seen = [[float(value) for value in trial.values] for trial in done]
         if not seen:
             return None
-        worst = max(seen)
-        return worst + max(worst - min(seen), 0.1 * abs(worst), 1e-6)
+        return [
+            max(column) + max(max(column) - min(column), 0.1 * abs(max(column)), 1e-6)
+            for column in zip(*seen, strict=True)
+        ]
 
 
 def distribution(dimension: Dimension) -> BaseDistribution:
     """Optuna's distribution of a dimension."""
     kind, values = dimension.kind, dimension.values
-    if kind == "uniform":
-        return FloatDistribution(values[0], values[1])
-    if kind == "loguniform":
-        return FloatDistribution(values[0], values[1], log=True)
-    if kind == "randint":
+    if kind in ("uniform", "loguniform"):
+        return FloatDistribution(values[0], values[1], log=kind == "loguniform")
+    if kind == "quniform":
+        return FloatDistribution(values[0], values[1], step=values[2])
+    if kind in ("randint", "lograndint"):
         # [low, high), as in Ray Tune.
-        return IntDistribution(values[0], values[1] - 1)
+        return IntDistribution(values[0], values[1] - 1, log=kind == "lograndint")
+    if kind == "qrandint":
+        return IntDistribution(values[0], values[1], step=values[2])
     return CategoricalDistribution(range(len(values)))
 
 
 def decode(dimension: Dimension, internal: Any) -> Any:
     """The setting that Optuna's parameter stands for."""
+    if dimension.kind == "quniform":
+        low, _, step = dimension.values
+        return dimension.at_step(round((internal - low) / step))
     return dimension.values[internal] if dimension.kind in ("choice", "grid") else internal
 
 
@@ -178,22 +222,56 @@ def encode(dimension: Dimension, value: Any) -> Any:
     """Optuna's parameter of a setting that the dimension contains."""
     if dimension.kind in ("choice", "grid"):
         return next(n for n, listed in enumerate(dimension.values) if same(listed, value))
-    return value if dimension.kind == "randint" else float(value)
+    return value if dimension.kind in ("randint", "lograndint", "qrandint") else float(value)
 
 
-def _grid(space: Mapping[str, Dimension]) -> list[dict[str, Any]]:
-    values = itertools.product(*(dimension.values for dimension in space.values()))
-    return [dict(zip(space, point, strict=True)) for point in values]
+def _suggest(trial: optuna.Trial, key: str, law: BaseDistribution) -> Any:
+    if isinstance(law, FloatDistribution):
+        return trial.suggest_float(key, law.low, law.high, step=law.step, log=law.log)
+    if isinstance(law, IntDistribution):
+        return trial.suggest_int(key, law.low, law.high, step=law.step, log=law.log)
+    assert isinstance(law, CategoricalDistribution), "the three kinds that `distribution` makes"
+    return trial.suggest_categorical(key, law.choices)
+
+
+def _listed(structure: Structure, search: SearchConfig) -> Iterator[dict[str, Any]] | None:
+    """The points of a search that no model guides, in order; None where a sampler draws."""
+    if search.algorithm == "grid":
+        return structure.every()
+    if search.algorithm == "quasi_random":
+        return _sobol(structure, search.seed)
+    return None
+
+
+def _sobol(structure: Structure, seed: int) -> Iterator[dict[str, Any]]:
+    """Scrambled Sobol points (Owen 1998), over choices and ranges alike; at most 2^16."""
+    from scipy.stats import qmc
+
+    keys = list(structure.space)
+    sobol = qmc.Sobol(len(keys), scramble=True, rng=seed)
+    for _ in range(2**6):
+        for row in sobol.random(2**10):
+            values = {k: value_at(structure.space[k], u) for k, u in zip(keys, row, strict=True)}
+            yield structure.choose(values.__getitem__)
 
 
 def _sampler(search: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
-    if search.algorithm == "tpe":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if search.algorithm == "tpe":
             return optuna.samplers.TPESampler(
                 n_startup_trials=search.startup_trials, seed=seed, constant_liar=True
             )
+        if search.algorithm == "gp":
+            return optuna.samplers.GPSampler(n_startup_trials=search.startup_trials, seed=seed)
+        if search.algorithm == "nsga2":
+            population = search.population or max(4, search.num_samples // 4)
+            return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
     return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _no_number(record: TrialRecord) -> bool:
+    return record.status == "finished" and (record.q is None or not math.isfinite(record.q))
 
 
 def _intermediate(curve: Iterable[Point]) -> dict[int, float]:
