@@ -23,7 +23,7 @@ from raysched.distributed.failures import as_user_error, fatal, note_failures, s
 from raysched.distributed.resources import PlacementWatch, check_resources
 from raysched.distributed.runtime import ensure_ray
 from raysched.distributed.watchdog import Watchdog, strike_in_cluster
-from raysched.errors import RunFailedError, UserError
+from raysched.errors import RunFailedError, StorageError, UserError
 from raysched.training.allocator import give_back_freed_memory, keep_freed_memory
 from raysched.training.events import note_event
 from raysched.training.heartbeat import Heartbeat, clear_beats
@@ -288,14 +288,20 @@ def _run_loop(
             tracker.set_tags(
                 {"raysched.out_of_memory": f"gradient_accumulation {accumulation} was needed"}
             )
-        return train_loop(
-            config,
-            run_dir=run_dir,
-            report=report,
-            tracker=tracker,
-            evaluator=make_evaluator(config) if is_main else None,
-            heart=heart,
-        )
+        try:
+            return train_loop(
+                config,
+                run_dir=run_dir,
+                report=report,
+                tracker=tracker,
+                evaluator=make_evaluator(config) if is_main else None,
+                heart=heart,
+            )
+        except StorageError as error:
+            # Other ranks would wait for this one; alone, a full disk is how the run ended.
+            if config.scaling.num_workers:
+                raise
+            return RunResult(status="failed", output_dir=job.run_dir, error=str(error))
 
 
 def _make_heart(job: WorkerJob, rank: int) -> Heartbeat | None:
