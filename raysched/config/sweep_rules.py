@@ -53,24 +53,4 @@ def sweep_warnings(
             f"{source}: space.scheduled_sampling.sampler: on the training grid all solvers "
             f"agree; search {grid} too, or set a coarser one"
         )
-    return lines + _early(sweep, config, source)
-
-
-def _early(sweep: SweepConfig, config: RunConfig, source: str) -> list[str]:
-    """A warning if trials may be stopped before their ramp has ended."""
-
-    def largest(name: str, default: int) -> int:
-        dimension = sweep.space.get(f"scheduled_sampling.{name}")
-        whole = [v for v in dimension.values if isinstance(v, int)] if dimension else [default]
-        return max(whole, default=default)
-
-    s = config.scheduled_sampling
-    ramp, start = largest("ramp_steps", s.ramp_steps), largest("start_step", s.start_step)
-    grace = sweep.early_stopping.grace_fraction * sweep_budget(sweep, config)
-    steps = grace / (3 * config.training.batch_size)
-    if sweep.early_stopping.kind == "none" or not ramp or start + ramp <= steps:
-        return []
-    return [
-        f"{source}: early_stopping.grace_fraction: trials may be stopped after {steps:.0f} steps, "
-        f"before their ramp ends at step {start + ramp}"
-    ]
+    return lines

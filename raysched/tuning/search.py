@@ -168,7 +168,8 @@ def _tune(
 def _scheduler(loaded: LoadedSweep, journal: Journal, plan: TrialPlan) -> Any:
     from ray.tune.schedulers import FIFOScheduler
 
-    from raysched.tuning.scheduler import ComputeHalving
+    from raysched.tuning.objectives import sweep_objectives
+    from raysched.tuning.scheduler import ComputeHalving, Losses, last_quality
 
     early = loaded.sweep.early_stopping
     if early.kind == "none":
@@ -178,7 +179,11 @@ def _scheduler(loaded: LoadedSweep, journal: Journal, plan: TrialPlan) -> Any:
         journal.append("pruning", number, reason=reason)
         request_stop(Path(run_dir), "pruned", reason)
 
-    scheduler = ComputeHalving(early, budget=plan.budget, prune=prune)
+    losses: Losses = last_quality
+    if loaded.sweep.objective.several:
+        asked = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
+        losses = asked.losses_at
+    scheduler = ComputeHalving(early, budget=plan.budget, prune=prune, losses=losses)
     scheduler.replay(journal.ordered())
     return scheduler
 

@@ -1,0 +1,54 @@
+import pytest
+import yaml
+
+from raysched.config.space import load_sweep
+from raysched.errors import ConfigError
+
+SS = "scheduled_sampling."
+
+
+def write(tmp_path, **changes):
+    content = {
+        "name": "x",
+        "budget_forward_equivalents": 100 * 3 * 10,
+        "overrides": {"training.batch_size": 10, SS + "max_step_offset": 2},
+        "space": {SS + "ramp_steps": {"choice": [0, 20]}},
+        "early_stopping": {"kind": "asha", "grace_fraction": 0.25},
+        **changes,
+    }
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["asha", "hyperband", "median"])
+def test_a_grace_period_that_ends_before_the_longest_ramp_is_refused_in_compute(tmp_path, kind):
+    # 20 steps of 10 samples at 3 + 0.25 (2/2 + 1) forwards: 700 of 3,000.
+    early = {"kind": kind, "grace_fraction": 0.24}
+    assert load_sweep(write(tmp_path, early_stopping=early)).budget == 3000
+    with pytest.raises(ConfigError, match="must not end before the ramp does") as caught:
+        load_sweep(write(tmp_path, early_stopping={**early, "grace_fraction": 0.23}))
+    assert "early_stopping.grace_fraction" in str(caught.value)
+    assert "step 20, up to 700 forward equivalents, 0.23 of the budget" in str(caught.value)
+
+
+def test_the_start_of_the_ramp_counts_and_without_early_stopping_nothing_does(tmp_path):
+    space = {SS + "ramp_steps": {"choice": [0, 20]}, SS + "start_step": {"randint": [0, 11]}}
+    with pytest.raises(ConfigError, match="must not end before the ramp does"):
+        load_sweep(write(tmp_path, space=space))
+    load_sweep(write(tmp_path, space=space, early_stopping={"kind": "none"}))
+
+
+def test_ramps_that_nobody_takes_are_no_ramps(tmp_path):
+    overrides = {"training.batch_size": 10, "exposure": "mixflow", SS + "ramp_steps": 90}
+    space = {"mixflow.gamma": {"uniform": [0.1, 0.8]}}
+    load_sweep(write(tmp_path, overrides=overrides, space=space))
+
+
+def test_several_objectives_are_pruned_by_rank_and_one_is_not(tmp_path):
+    several = {"several": ["quality", "diversity"]}
+    with pytest.raises(ConfigError, match="must be mo_asha or none"):
+        load_sweep(write(tmp_path, objective=several))
+    load_sweep(write(tmp_path, objective=several, early_stopping={"kind": "mo_asha"}))
+    with pytest.raises(ConfigError, match="mo_asha needs"):
+        load_sweep(write(tmp_path, early_stopping={"kind": "mo_asha"}))
