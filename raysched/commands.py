@@ -199,6 +199,7 @@ def ui(
         import sys
         from pathlib import Path
 
+        from raysched.config.paths import work_root
         from raysched.tracking.ui import find_page, serve
 
         def ready(url: str) -> None:
