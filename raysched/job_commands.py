@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from raysched.arguments import CONFIG_COMMANDS, join_values, split_arguments
 from raysched.commands import Json, Work
 from raysched.outcome import Outcome, usage_failure, warn
+
+if TYPE_CHECKING:
+    from raysched.distributed.submit import Job
 
 # They look at this machine, or at jobs.
 LOCAL_COMMANDS = frozenset({"submit", "jobs", "ui", "schema", "show-config"})
@@ -59,13 +63,17 @@ def submit(
     def work() -> Outcome:
         if tokens[0] not in names:
             return usage_failure(f"can't submit {tokens[0]}; there are {', '.join(sorted(names))}")
-        from raysched.distributed.job_server import JobServer, server_address
-        from raysched.distributed.jobs import attend, goes_on
-        from raysched.distributed.submit import check_versions, prepare, send
+        from raysched.distributed.job_server import server_address
+        from raysched.distributed.submit import prepare
 
         url = server_address(address)
+        joined = join_values(tokens)
+        has_config = tokens[0] in CONFIG_COMMANDS
+        config, overrides = split_arguments(joined[1:]) if has_config else (None, [])
         job = prepare(
-            tokens,
+            joined,
+            config,
+            overrides,
             variables=env or (),
             include=include or (),
             submission_id=submission_id,
@@ -74,24 +82,33 @@ def submit(
         if dry_run:
             return Outcome({**job.as_json(), "status": "dry_run"}, job.as_text())
         warn(list(job.notes))
-        server = JobServer(url)
-        differing = check_versions(server.connect())
-        warn([*server.warnings, *(differing if any_version else [])])
-        if differing and not any_version:
-            return usage_failure(
-                f"versions differ: {'; '.join(differing)}; install the same on both sides, or "
-                "say --any-version"
-            )
-        found, is_new = send(server, job)
-        said = "submitted" if is_new else "found, from an earlier submission"
-        print(f"job {found}: {said}", file=sys.stderr, flush=True)
-        payload = {"submission_id": found, "started": is_new, "address": server.address}
-        if detach:
-            return Outcome({**payload, "status": "RUNNING"}, goes_on(server, found))
-        code, status = attend(server, found, sys.stderr if as_json else sys.stdout)
-        return Outcome({**payload, "status": status}, f"job {found}: {status}", code)
+        return _sent(job, url, any_version=any_version, detach=detach, as_json=as_json)
 
     return work
+
+
+def _sent(job: Job, url: str, *, any_version: bool, detach: bool, as_json: bool) -> Outcome:
+    """Send a job, or find it, and stay with it unless `detach`."""
+    from raysched.distributed.job_server import JobServer
+    from raysched.distributed.jobs import attend, goes_on
+    from raysched.distributed.submit import check_versions, send
+
+    server = JobServer(url)
+    differing = check_versions(server.connect())
+    warn([*server.warnings, *(differing if any_version else [])])
+    if differing and not any_version:
+        return usage_failure(
+            f"versions differ: {'; '.join(differing)}; install the same on both sides, or say "
+            "--any-version"
+        )
+    found, is_new = send(server, job)
+    said = "submitted" if is_new else "found, from an earlier submission"
+    print(f"job {found}: {said}", file=sys.stderr, flush=True)
+    payload = {"submission_id": found, "started": is_new, "address": server.address}
+    if detach:
+        return Outcome({**payload, "status": "RUNNING"}, goes_on(server, found))
+    code, status = attend(server, found, sys.stderr if as_json else sys.stdout)
+    return Outcome({**payload, "status": status}, f"job {found}: {status}", code)
 
 
 @jobs.command(name="list", epilog="Example: raysched jobs list --address http://127.0.0.1:8265")

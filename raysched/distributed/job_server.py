@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from raysched.errors import ConfigError, RunFailedError
+from raysched.errors import EXIT_FAILED, ConfigError, RunFailedError, UserError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUT_S = 30.0
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
-class ServerAwayError(RunFailedError):
+class ServerAwayError(UserError):
     """The server does not answer now; it may do so again."""
+
+    exit_code = EXIT_FAILED
 
 
 def server_address(given: str | None) -> str:

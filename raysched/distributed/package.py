@@ -148,13 +148,13 @@ def _walk(folder: Path) -> Iterator[Path]:
     """Files below a folder, without hidden, left-out and secret ones, and without links."""
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".") or path.is_symlink()
-        if hidden or path.name in LEFT_OUT_FOLDERS and path.parent != _package_root():
+        is_room = path.parent == _package_root()
+        if hidden or (path.name in LEFT_OUT_FOLDERS and not is_room):
             continue
         if path.is_dir():
             yield from _walk(path)
-        elif path.is_file() and path.suffix not in LEFT_OUT_SUFFIXES:
-            if path.suffix == ".py" or not may_be_secret(path):
-                yield path
+        elif path.suffix == ".py" or not (path.suffix in LEFT_OUT_SUFFIXES or may_be_secret(path)):
+            yield path
 
 
 def _package_root() -> Path:
@@ -223,6 +223,6 @@ def _check_size(package: Package) -> None:
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
     listed = ", ".join(f"{name} ({size / MIB:.1f} MiB)" for name, size in largest)
     raise ConfigError(
-        f"the job's files have {sum(sizes.values()) / MIB:.0f} MiB, at most {MAX_BYTES // MIB} are "
-        f"sent; the largest: {listed}; data belongs on storage that the cluster sees"
+        f"the job's files have {sum(sizes.values()) / MIB:.0f} MiB, at most {MAX_BYTES // MIB} "
+        f"are sent; the largest: {listed}; data belongs on storage that the cluster sees"
     )

@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from raysched.arguments import join_values, split_arguments
 from raysched.distributed.job_server import JobServer
 from raysched.distributed.joining import VERSION_KEY
 from raysched.distributed.package import Package, collect, holds_password
@@ -38,7 +37,10 @@ JOB_VARIABLES = {
     "RAY_JOB_STOP_WAIT_TIME_S": "150",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-PLAIN_TEXT = "Ray keeps variables and the command line in plain text: whoever reaches the cluster's dashboard or control store can read them"
+PLAIN_TEXT = (
+    "Ray keeps variables and the command line in plain text: whoever reaches the cluster's "
+    "dashboard or control store can read them"
+)
 SUBMISSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_NAME = re.compile(r"(?i)(token|secret|password|passwd|credential|(^|_)key($|_))")
@@ -100,6 +102,8 @@ class Job:
 
 def prepare(
     tokens: Sequence[str],
+    config: str | None,
+    overrides: Sequence[str],
     *,
     variables: Sequence[str] = (),
     include: Sequence[str] = (),
@@ -109,7 +113,9 @@ def prepare(
     """Check a command line and collect what its job needs; nothing is sent.
 
     Args:
-        tokens: raysched's command and what follows it.
+        tokens: raysched's command and what follows it, values joined to their keys.
+        config: the config or space file among them.
+        overrides: the settings among them.
         variables: further names of the environment.
         include: further files or folders.
         submission_id: the idempotency key; default: name and digest.
@@ -123,13 +129,13 @@ def prepare(
             "--submission-id: must be letters, digits, dots, dashes and underscores, at most 100"
             f", got {submission_id!r}"
         )
-    command, rest = tokens[0], join_values(tokens)[1:]
+    command, rest = tokens[0], tokens[1:]
     if any(holds_password(token.encode()) for token in rest):
         raise ConfigError(
             f"command line: holds a URL with a password, which the job would show. {PLAIN_TEXT}; "
             "give the job MLFLOW_TRACKING_URI in the cluster's environment"
         )
-    configs, name = _configs(command, rest)
+    configs, name = _configs(command, rest, config, overrides)
     package = collect(configs, include)
     environment, notes = choose_variables(variables, os.environ)
     if root is not None:
@@ -151,12 +157,13 @@ def prepare(
     )
 
 
-def _configs(command: str, rest: Sequence[str]) -> tuple[list[str], str]:
+def _configs(
+    command: str, rest: Sequence[str], path: str | None, overrides: Sequence[str]
+) -> tuple[list[str], str]:
     """The config files that a command reads, with their bases, and the name of what it does."""
     if command == "tune":
         from raysched.config.space import load_sweep
 
-        path, overrides = split_arguments(rest)
         if path is None:
             raise ConfigError("a SPACE is needed, such as tune_spaces/digits_rollout.yaml")
         loaded = load_sweep(path, overrides)
@@ -165,7 +172,6 @@ def _configs(command: str, rest: Sequence[str]) -> tuple[list[str], str]:
     if command in ("train", "plan", "verify-resume"):
         from raysched.config.loading import load
 
-        path, overrides = split_arguments(rest)
         config = load(path, overrides).config
         return ([path] if path else []), config.name
     # Folders and other paths of these commands are the cluster's.
