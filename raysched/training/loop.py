@@ -112,6 +112,8 @@ def train_loop(
     except RunFailedError as failure:
         return loop.finish("failed", str(failure))
     except UserError:
+        # Whoever goes on in this process must find the newest checkpoint, and no writer at work.
+        loop.keeper.on_disk(failed=True)
         loop.evaluations.close(finished=False)
         loop.keeper.close()
         raise

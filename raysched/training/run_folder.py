@@ -38,6 +38,8 @@ FREE_ON_RESUME = (
     "training.storage_timeout_s",
     "training.log_every_steps",
     "training.device",
+    # Like another number of workers: the same samples and draws, summed in another order.
+    "training.gradient_accumulation",
     "evaluation.",
     "tracking.",
     "scaling.",
