@@ -197,6 +197,12 @@ def _equal_forwards(c: RunConfig) -> str | None:
     return f"must be ddp with {broken[0]}: fsdp needs equal forwards of one network on all workers"
 
 
+def _compiled(c: RunConfig) -> str | None:
+    if not c.training.compile or c.scaling.strategy != "fsdp" or c.scaling.num_workers < 2:
+        return None
+    return "must be false with scaling.strategy fsdp, got true; ddp compiles"
+
+
 def _repeated_nfe(c: RunConfig) -> str | None:
     nfe = c.evaluation.nfe
     return f"must not repeat a number, got {show(nfe)}" if len(set(nfe)) < len(nfe) else None
@@ -244,6 +250,7 @@ ERRORS: tuple[Rule, ...] = (
         ),
         _equal_forwards,
     ),
+    Rule("training.compile", ("scaling.strategy", "scaling.num_workers"), _compiled),
     Rule("evaluation.nfe", (), _repeated_nfe),
     Rule(
         "evaluation.neighbours",

@@ -112,6 +112,11 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of the network; rollout states stay fp32."
     )
+    compile: bool = Field(
+        False,
+        description="Compile the network (torch.compile): fused code after a start of up to minutes; "
+        "a resume agrees to rounding, no longer bitwise.",
+    )
     checkpoint_every_steps: PositiveInt = Field(200, description="Optimizer steps between saves.")
     keep_last: PositiveInt = Field(2, description="Checkpoints kept.")
     keep_best: NonNegativeInt = Field(

@@ -33,11 +33,17 @@ class Denoiser(nn.Module):
         self.num_classes = num_classes
         self.class_conditional = class_conditional
         self._is_unet = hasattr(backbone, "conv_in")
+        self._is_compiled = False
 
     @property
     def null_class(self) -> int:
         """The label that means "no label"."""
         return self.num_classes
+
+    def compile_backbone(self) -> None:
+        """Compile the backbone in place, for any number of rows; names of weights stay."""
+        self.backbone.compile()
+        self._is_compiled = True
 
     def forward(
         self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None
@@ -55,6 +61,11 @@ class Denoiser(nn.Module):
         labels = self._labels(class_labels, sample)
         # The sinusoidal embedding needs fp32: bf16 can't tell 998 from 1000.
         time = timestep.to(device=sample.device, dtype=torch.float32)
+        if self._is_compiled:
+            # The rows alone: with all dimensions dynamic, inductor's gradients came out wrong.
+            for given in (sample, time, labels):
+                if given is not None:
+                    torch._dynamo.maybe_mark_dynamic(given, 0)
         output = self.backbone(sample, timestep=time, class_labels=labels, return_dict=False)
         return cast(Tensor, output[0])
 

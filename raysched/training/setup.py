@@ -20,6 +20,7 @@ from raysched.models.ema import EMA
 from raysched.models.networks import Denoiser, build_network
 from raysched.models.tracing import TracedForward, trace_forward
 from raysched.training.budget import fraction_spent
+from raysched.training.compiling import compile_network
 from raysched.training.strategies import check_wrapping, shard, wants_shards
 
 
@@ -80,7 +81,8 @@ class Run:
     @functools.cached_property
     def replay(self) -> TracedForward | None:
         """The policy's forward in eval mode without its Python; None where that is not exact."""
-        if self.config.training.precision != "fp32" or wants_shards(self.config):
+        training = self.config.training
+        if training.precision != "fp32" or training.compile or wants_shards(self.config):
             return None
         size = self.dataset.image_size
         return trace_forward(self.policy, (self.dataset.channels, size, size))
@@ -92,6 +94,8 @@ class Run:
         weights = self.ema.weights()
         for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
             tensor.data = weights[name]
+        if self.config.training.compile:
+            compile_network(twin, self.device)  # a copy has lost its compiled code
         return twin
 
     def predict(
@@ -157,6 +161,8 @@ def build_run(config: RunConfig) -> Run:
     if config.model.gradient_checkpointing:
         cast(Any, network.backbone).enable_gradient_checkpointing()
     network.to(accelerator.device)
+    if config.training.compile:
+        compile_network(network, accelerator.device)
     sharded = wants_shards(config)
     if sharded:
         shard(network, accelerator.device)
