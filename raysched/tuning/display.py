@@ -14,6 +14,8 @@ from rich.table import Table
 from raysched.config.idle import idle_keys
 from raysched.config.loading import assign
 from raysched.errors import ConfigError
+from raysched.tuning.objectives import COMPONENTS
+from raysched.tuning.pareto import non_dominated
 from raysched.tuning.records import TrialRecord
 
 SCALED_HEADER = "q scaled"
@@ -138,6 +140,12 @@ def _table(
     table.add_column("q [interval]", justify="right", no_wrap=True)
     if scaled:
         table.add_column(SCALED_HEADER, justify="right", no_wrap=True)
+    names = shown_objectives(records)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    front = front_of(records, names) if len(names) > 1 else None
+    if front is not None:
+        table.add_column("front", no_wrap=True)
     table.add_column("FE spent", justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
     for record in records:
@@ -148,11 +156,38 @@ def _table(
             *(settings_cell(record, key) for key in keys),
             quality_text(record),
             *([scaled_text(record)] if scaled else []),
+            *(objective_text(record, name) for name in names),
+            *([] if front is None else ["yes" if record.number in front else ""]),
             share,
             STATUS_WORDS[record.status],
             style=STATUS_STYLES.get(record.status),
         )
     return table
+
+
+def shown_objectives(records: Iterable[TrialRecord]) -> list[str]:
+    """Names of the objectives that have a column: q has one of its own already."""
+    names: dict[str, None] = {}
+    for record in records:
+        names.update(dict.fromkeys(record.objectives))
+    return [] if list(names) == ["quality_at_budget"] else list(names)
+
+
+def front_of(records: Iterable[TrialRecord], names: Sequence[str]) -> set[int]:
+    """Numbers of the trials that no other one beats in all objectives."""
+    signs = [-1.0 if COMPONENTS[name].direction == "max" else 1.0 for name in names]
+    whole = [record for record in records if set(names) <= record.objectives.keys()]
+    rows = [[s * r.objectives[n] for s, n in zip(signs, names, strict=True)] for r in whole]
+    return {record.number for record, on in zip(whole, non_dominated(rows), strict=True) if on}
+
+
+def objective_text(record: TrialRecord, name: str) -> str:
+    """An objective's value; the stretched bound in brackets if the target was never reached."""
+    value = record.objectives.get(name)
+    if value is None:
+        return "–"
+    text = f"{value:,.0f}" if abs(value) >= 1000 else number_text(value)
+    return f"never ({text})" if name in record.censored else text
 
 
 def _mark(record: TrialRecord, winner: int | None) -> str:

@@ -38,7 +38,7 @@ class Journal:
         """Write one event durably.
 
         Args:
-            event: suggested, started, report, pruning or ended.
+            event: suggested, started, report, pruning, ended or measured.
             number: the trial's number.
             content: JSON types; numbers that are not finite are allowed.
 
@@ -125,6 +125,8 @@ def apply_event(records: dict[int, TrialRecord], event: dict[str, Any]) -> None:
         record.status, record.error = "pruned", event["reason"]
     elif kind == "ended":
         _end(record, event)
+    elif kind == "measured":
+        record.objectives, record.censored = event["objectives"], event["censored"]
 
 
 def _end(record: TrialRecord, event: dict[str, Any]) -> None:
@@ -140,6 +142,10 @@ def _end(record: TrialRecord, event: dict[str, Any]) -> None:
         record.q_epsilon_scaled = event.get("q_epsilon_scaled")
         record.q_low, record.q_high = event.get("q_low"), event.get("q_high")
     record.metrics = event.get("metrics") or record.metrics
+    record.further_curves = [
+        [Point(p["forward_equivalents"], _number(p["q"]), p.get("metrics") or {}) for p in curve]
+        for curve in event.get("further_curves") or []
+    ]
     record.forward_equivalents = event.get("forward_equivalents") or record.forward_equivalents
 
 

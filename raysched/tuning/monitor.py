@@ -13,6 +13,7 @@ from raysched.tuning.journal import Journal
 from raysched.tuning.proposals import Proposals
 from raysched.tuning.records import (
     FORWARD_EQUIVALENTS,
+    FURTHER_CURVES,
     METRICS,
     OBJECTIVE,
     Q_EPSILON_SCALED,
@@ -30,6 +31,7 @@ class Monitor(Callback):  # type: ignore[misc]
         proposals: told how a trial ended.
         show: called with a record after each event.
         close_run: ends a trial's run in the tracking store.
+        measure: journals the objectives of trials that reached the budget.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class Monitor(Callback):  # type: ignore[misc]
         *,
         show: Callable[[str, TrialRecord], None],
         close_run: Callable[[TrialRecord], None] = lambda _: None,
+        measure: Callable[[], None] = lambda: None,
     ) -> None:
         self._journal = journal
         self._proposals = proposals
         self._show = show
         self._close_run = close_run
+        self._measure = measure
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune pickles what it was given; its snapshots are never read, the journal is.
@@ -102,8 +106,10 @@ class Monitor(Callback):  # type: ignore[misc]
             forward_equivalents=result.get(FORWARD_EQUIVALENTS),
             seconds=result.get("seconds"),
             metrics=result.get(METRICS) or {},
+            further_curves=result.get(FURTHER_CURVES) or [],
         )
         if record.ended:
+            self._measure()
             self._proposals.tell(record)
             self._close_run(record)
         self._show("ended", record)

@@ -60,7 +60,7 @@ def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
         The volume, 0 without points.
     """
     corner = np.asarray(reference, dtype=float)
-    rows = _rows(points).reshape(-1, len(corner))
+    rows = np.asarray(points, dtype=float).reshape(-1, len(corner))
     inside = rows[(rows < corner).all(1)]
     return _volume(_front(inside), corner)
 
@@ -86,4 +86,4 @@ def _front(rows: Points) -> Points:
 
 def _rows(points: ArrayLike) -> Points:
     rows = np.asarray(points, dtype=float)
-    return rows.reshape(len(rows), -1)
+    return rows.reshape(len(rows), -1) if len(rows) else rows.reshape(0, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,8 @@ from raysched.tuning.records import Point, TrialRecord
 
 # Proposals that repeat an earlier one, or that the run model refuses, are drawn again.
 MAX_DRAWS = 200
+# So many by the sampler, the others at random.
+MODEL_DRAWS = 10
 
 
 def quality_loss(record: TrialRecord) -> tuple[float, ...] | None:
@@ -73,6 +76,7 @@ class Proposals:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.study = optuna.create_study(directions=directions, sampler=sampler)
+        self._random = random.Random(search.seed)  # noqa: S311 - no secret
         self._asked: dict[int, optuna.Trial] = {}
         # Points are tried in order: an earlier session has used up as many as it has trials.
         self._fixed = [dict(point) for point in search.points][len(candidates) :]
@@ -129,9 +133,16 @@ class Proposals:
 
     def _first_new(self, number: int, draws: int, point: dict[str, Any]) -> dict[str, Any] | None:
         """Draw what `point` leaves open until the settings are new and allowed."""
-        for _ in range(draws):
-            if point:
-                self.study.enqueue_trial(self._encode(point))
+        for draw in range(draws):
+            if draw < MODEL_DRAWS or self._listed is not None:
+                drawn = point
+            else:
+                # A model that is sure of its best may name it for ever.
+                drawn = self._structure.random(self._random, point)
+                if _fingerprint(drawn) in self._seen:
+                    continue
+            if drawn:
+                self.study.enqueue_trial(self._encode(drawn))
             settings = self._draw(number, point)
             if settings is not None:
                 return settings
@@ -244,12 +255,12 @@ def _listed(structure: Structure, search: SearchConfig) -> Iterator[dict[str, An
 
 
 def _sobol(structure: Structure, seed: int) -> Iterator[dict[str, Any]]:
-    """Scrambled Sobol points (Owen 1998), over choices and ranges alike; at most 2^16."""
+    """Scrambled Sobol points (Owen 1998), over choices and ranges alike; at most 2^13."""
     from scipy.stats import qmc
 
     keys = list(structure.space)
     sobol = qmc.Sobol(len(keys), scramble=True, rng=seed)
-    for _ in range(2**6):
+    for _ in range(2**3):
         for row in sobol.random(2**10):
             values = {k: value_at(structure.space[k], u) for k, u in zip(keys, row, strict=True)}
             yield structure.choose(values.__getitem__)

@@ -17,6 +17,7 @@ Answer = Literal["rollouts_pay", "other_method_pays", "no_clear_winner", "rollou
 # Names of the metrics that a trial reports.
 OBJECTIVE = "objective"
 METRICS = "metrics"
+FURTHER_CURVES = "further_curves"
 Q = "quality/q"
 Q_LOW = "quality/q_low"
 Q_HIGH = "quality/q_high"
@@ -67,6 +68,8 @@ class TrialRecord:
         further_curves: the evaluations of the other seeds, once it has ended.
         metrics: what stands beside q at the last evaluation, named as in `Point`; means over the
             seeds once it has ended.
+        objectives: name -> value of what the sweep asks for, once it has reached its budget.
+        censored: names of those whose target was never reached.
     """
 
     number: int
@@ -86,6 +89,8 @@ class TrialRecord:
     curve: list[Point] = field(default_factory=list)
     further_curves: list[list[Point]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    objectives: dict[str, float] = field(default_factory=dict)
+    censored: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -119,8 +124,9 @@ class TrialRecord:
         out = asdict(self)
         del out["curve"], out["further_curves"], out["diverged"], out["tracking_id"]
         numbers = {key: _finite(value) for key, value in out.items() if isinstance(value, float)}
-        metrics = {key: _finite(value) for key, value in self.metrics.items()}
-        return {"number": self.number, "name": self.name, **out, **numbers, "metrics": metrics}
+        for name in ("metrics", "objectives"):
+            out[name] = {key: _finite(value) for key, value in out[name].items()}
+        return {"number": self.number, "name": self.name, **out, **numbers}
 
 
 def further_metrics(reported: Mapping[str, Any]) -> dict[str, float]:
@@ -182,6 +188,7 @@ class SweepResult:
         files: what was written, name -> path (or command).
         error: why the sweep failed.
         budget: forward equivalents of every trial.
+        pareto: of a search for several objectives: front, hypervolume, reference; else None.
     """
 
     sweep: str
@@ -193,6 +200,7 @@ class SweepResult:
     files: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     budget: float = 0.0
+    pareto: dict[str, Any] | None = None
 
     @property
     def baseline(self) -> TrialRecord | None:
@@ -217,6 +225,7 @@ class SweepResult:
             "baseline": baseline.as_json() if baseline else None,
             "winner": winner.as_json() if winner else None,
             "verdict": _verdict_json(self.verdict) if self.verdict else None,
+            "pareto": self.pareto,
             "files": self.files,
             "error": self.error,
         }

@@ -19,6 +19,8 @@ from raysched.errors import ConfigError
 from raysched.training.stop import request_stop
 from raysched.tuning.display import Progress
 from raysched.tuning.journal import Journal
+from raysched.tuning.measuring import measure_trials
+from raysched.tuning.objectives import sweep_objectives
 from raysched.tuning.store import SweepStore
 from raysched.tuning.trial import TrialPlan, run_trial
 
@@ -100,10 +102,13 @@ def search(
     stopper = SweepStopper(
         plan.stop_file, functools.partial(_live_folders, journal, plan), patience_s=PATIENCE_S
     )
+    objectives = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
     searcher = TrialSearcher(
         loaded.sweep,
         journal,
         folder=plan.folder / "trials",
+        structure=loaded.structure,
+        objectives=objectives,
         allowed=functools.partial(_allowed, plan),
         open_run=functools.partial(store.open_run, plan=plan) if store else lambda _: "",
         stopping=lambda: stopper.stopping,
@@ -114,6 +119,7 @@ def search(
             searcher.proposals,
             show=progress.show,
             close_run=store.close_run if store else lambda _: None,
+            measure=functools.partial(measure_trials, journal, objectives),
         )
         scheduler = _scheduler(loaded, journal, plan)
         with stop_on_signals(stopper):

@@ -8,9 +8,11 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from raysched.config.structure import Structure
 from raysched.config.sweep import SweepConfig
 from raysched.tuning.journal import Journal
-from raysched.tuning.proposals import Proposals
+from raysched.tuning.objectives import Objectives
+from raysched.tuning.proposals import Proposals, quality_loss
 from raysched.tuning.records import OBJECTIVE, TrialRecord, trial_name
 
 
@@ -25,6 +27,8 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         journal: the sweep's journal; what it holds of an earlier session is not suggested again,
             except for trials that had not ended, which come first.
         folder: the folder of the trials' folders.
+        structure: which settings go together; default: all.
+        objectives: what a trial is worth; default: its q.
         allowed: whether the run model accepts the settings.
         open_run: opens a trial's run in the tracking store and returns its id.
         stopping: whether the sweep was asked to stop.
@@ -36,13 +40,22 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         journal: Journal,
         *,
         folder: Path,
+        structure: Structure | None = None,
+        objectives: Objectives | None = None,
         allowed: Callable[[dict[str, Any]], bool] = lambda _: True,
         open_run: Callable[[TrialRecord], str] = lambda _: "",
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="min")
         past = journal.ordered()
-        self.proposals = Proposals(sweep.space, sweep.search, allowed=allowed, past=past)
+        self.proposals = Proposals(
+            structure or sweep.space,
+            sweep.search,
+            losses=objectives.losses if objectives else quality_loss,
+            num_losses=len(objectives.each) if objectives else 1,
+            allowed=allowed,
+            past=past,
+        )
         self._journal = journal
         self._folder = folder
         self._num_samples = sweep.search.num_samples

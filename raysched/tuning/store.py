@@ -184,6 +184,7 @@ def final_metrics(record: TrialRecord) -> dict[str, float | None]:
         "objective/q_epsilon_scaled": record.q_epsilon_scaled,
         "objective/forward_equivalents": record.forward_equivalents,
         "objective/seconds": record.seconds,
+        **{f"objective/{name}": value for name, value in record.objectives.items()},
     }
 
 

@@ -24,6 +24,8 @@ from raysched.training.files import storage_errors, write_json
 from raysched.tuning.compare import compare_with_baseline, metric_name
 from raysched.tuning.folder import open_sweep_folder, sweep_folder
 from raysched.tuning.journal import Journal
+from raysched.tuning.measuring import measure_trials, pareto_summary, unreported
+from raysched.tuning.objectives import sweep_objectives
 from raysched.tuning.records import SweepResult, TrialRecord
 from raysched.tuning.search import remaining_trials, search
 from raysched.tuning.store import open_store
@@ -108,6 +110,8 @@ def run_sweep(
 def _conclude(
     loaded: LoadedSweep, journal: Journal, plan: TrialPlan, compare: Compare, *, stopped: bool
 ) -> SweepResult:
+    objectives = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
+    measure_trials(journal, objectives)
     trials = journal.ordered()
     result = SweepResult(
         plan.folder.name, "stopped", plan.folder, trials, budget=plan.budget, files=_files(plan)
@@ -123,6 +127,8 @@ def _conclude(
         return dataclasses.replace(
             result, status="failed", error="the baseline failed: its quality is not a number"
         )
+    if missing := unreported(objectives, trials):
+        return dataclasses.replace(result, status="failed", error=missing)
     candidates = [trial for trial in eligible(trials) if not trial.baseline]
     config, seeds = loaded.base.config, len(plan.seeds)
     comparisons = compare(baseline, candidates, config=config, seeds=seeds)
@@ -132,7 +138,12 @@ def _conclude(
     winner = (best(candidates) if pays else None) or baseline
     files = {**result.files, **_winner_files(plan, winner)}
     return dataclasses.replace(
-        result, status="finished", winner=winner, verdict=verdict, files=files
+        result,
+        status="finished",
+        winner=winner,
+        verdict=verdict,
+        files=files,
+        pareto=pareto_summary(objectives, trials),
     )
 
 

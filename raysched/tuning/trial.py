@@ -24,6 +24,7 @@ from raysched.config.storage_uri import below
 from raysched.errors import UserError
 from raysched.tuning.records import (
     FORWARD_EQUIVALENTS,
+    FURTHER_CURVES,
     METRICS,
     OBJECTIVE,
     Q_EPSILON_SCALED,
@@ -219,6 +220,7 @@ def _ended(
         Q_EPSILON_SCALED: _mean(metrics, Q_EPSILON_SCALED),
         FORWARD_EQUIVALENTS: _mean(compute, "forward_equivalents"),
         "seconds": sum(entry.get("seconds", 0.0) for entry in compute),
+        FURTHER_CURVES: [_curve(Path(result.output_dir)) for result in results[1:]],
         METRICS: {name: _mean(beside, name) for name in (beside[0] if beside else {})},
     }
 
@@ -227,6 +229,21 @@ def _mean(entries: Sequence[Mapping[str, float]], key: str) -> float | None:
     # The ends of intervals are averaged too: the seeds share noise and reference.
     values = [entry[key] for entry in entries if entry.get(key) is not None]
     return fmean(values) if values else None
+
+
+def _curve(run_dir: Path) -> list[dict[str, Any]]:
+    """A run's evaluations from its own log: those of the first seed only are reported."""
+    from raysched.training.run_folder import read_metrics
+
+    return [
+        {
+            "forward_equivalents": float(point["forward_equivalents"]),
+            "q": float(point["metrics"][Q]),
+            "metrics": further_metrics(point["metrics"]),
+        }
+        for point in read_metrics(run_dir)
+        if point["metrics"].get(Q) is not None
+    ]
 
 
 def _diverged(results: Sequence[RunResult]) -> bool:
