@@ -114,8 +114,8 @@ class TrainingConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="Compile the network (torch.compile): fused code after a start of up to minutes; "
-        "a resume agrees to rounding, no longer bitwise.",
+        description="Compile the network (torch.compile): fused code after minutes of "
+        "compiling; a resume agrees to rounding, no longer bitwise.",
     )
     checkpoint_every_steps: PositiveInt = Field(200, description="Optimizer steps between saves.")
     keep_last: PositiveInt = Field(2, description="Checkpoints kept.")
