@@ -26,7 +26,7 @@ from raysched.commands import (
     verify_resume,
 )
 from raysched.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
-from raysched.job_commands import jobs, submit
+from raysched.job_commands import SUBMIT_EXAMPLE, jobs, submit
 from raysched.outcome import Outcome, mute, report, stopped_early, usage_failure, warn
 from raysched.signals import STOP
 
@@ -264,11 +264,7 @@ def sync(
     return work
 
 
-app.command(
-    context_settings=OVERRIDES,
-    epilog="Example: raysched submit tune tune_spaces/digits_rollout.yaml "
-    "--address http://127.0.0.1:8265",
-)(submit)
+app.command(context_settings=OVERRIDES, epilog=SUBMIT_EXAMPLE)(submit)
 app.add_typer(jobs, name="jobs")
 
 

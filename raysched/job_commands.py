@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # They look at this machine, or at jobs.
 LOCAL_COMMANDS = frozenset({"submit", "jobs", "ui", "schema", "show-config"})
+SUBMIT_EXAMPLE = (
+    "Example: raysched submit tune tune_spaces/digits_rollout.yaml --address http://127.0.0.1:8265"
+)
 Address = Annotated[
     str | None,
     typer.Option(help="URL of the job server; default: $RAY_ADDRESS, or 127.0.0.1:8265."),
@@ -66,19 +69,11 @@ def submit(
         from raysched.distributed.job_server import server_address
         from raysched.distributed.submit import prepare
 
-        url = server_address(address)
-        joined = join_values(tokens)
+        url, joined = server_address(address), join_values(tokens)
         has_config = tokens[0] in CONFIG_COMMANDS
         config, overrides = split_arguments(joined[1:]) if has_config else (None, [])
-        job = prepare(
-            joined,
-            config,
-            overrides,
-            variables=env or (),
-            include=include or (),
-            submission_id=submission_id,
-            root=root,
-        )
+        more = {"variables": env or (), "include": include or (), "root": root}
+        job = prepare(joined, config, overrides, submission_id=submission_id, **more)
         if dry_run:
             return Outcome({**job.as_json(), "status": "dry_run"}, job.as_text())
         warn(list(job.notes))
