@@ -67,13 +67,13 @@ def submit(
         if tokens[0] not in names:
             return usage_failure(f"can't submit {tokens[0]}; there are {', '.join(sorted(names))}")
         from raysched.distributed.job_server import server_address
-        from raysched.distributed.submit import prepare
+        from raysched.distributed.submit import Extras, prepare
 
         url, joined = server_address(address), join_values(tokens)
         has_config = tokens[0] in CONFIG_COMMANDS
         config, overrides = split_arguments(joined[1:]) if has_config else (None, [])
-        more = {"variables": env or (), "include": include or (), "root": root}
-        job = prepare(joined, config, overrides, submission_id=submission_id, **more)
+        files = Extras(tuple(env or ()), tuple(include or ()), root)
+        job = prepare(joined, config, overrides, files, submission_id)
         if dry_run:
             return Outcome({**job.as_json(), "status": "dry_run"}, job.as_text())
         warn(list(job.notes))

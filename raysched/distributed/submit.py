@@ -100,15 +100,27 @@ class Job:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a user adds to a submission.
+
+    Attributes:
+        variables: further names of the environment.
+        include: further files or folders.
+        root: folder on the cluster that holds `runs/`.
+    """
+
+    variables: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    root: str | None = None
+
+
 def prepare(
     tokens: Sequence[str],
     config: str | None,
     overrides: Sequence[str],
-    *,
-    variables: Sequence[str] = (),
-    include: Sequence[str] = (),
+    extras: Extras | None = None,
     submission_id: str | None = None,
-    root: str | None = None,
 ) -> Job:
     """Check a command line and collect what its job needs; nothing is sent.
 
@@ -116,10 +128,8 @@ def prepare(
         tokens: raysched's command and what follows it, values joined to their keys.
         config: the config or space file among them.
         overrides: the settings among them.
-        variables: further names of the environment.
-        include: further files or folders.
+        extras: what the user adds.
         submission_id: the idempotency key; default: name and digest.
-        root: folder on the cluster that holds `runs/`.
 
     Raises:
         ConfigError: all mistakes that can be found here.
@@ -136,14 +146,15 @@ def prepare(
             "give the job MLFLOW_TRACKING_URI in the cluster's environment"
         )
     configs, name = _configs(command, rest, config, overrides)
-    package = collect(configs, include)
-    environment, notes = choose_variables(variables, os.environ)
-    if root is not None:
-        environment["RAYSCHED_ROOT"] = root
+    extras = extras or Extras()
+    package = collect(configs, extras.include)
+    environment, notes = choose_variables(extras.variables, os.environ)
+    if extras.root is not None:
+        environment["RAYSCHED_ROOT"] = extras.root
     moved = [package.renamed.get(token, token) for token in rest]
     entrypoint = shlex.join(["python", "-m", "raysched", command, *moved])
     key = hashlib.sha256(
-        "\n".join([entrypoint, package.digest(), *sorted(environment), root or ""]).encode()
+        "\n".join([entrypoint, package.digest(), *sorted(environment), extras.root or ""]).encode()
     ).hexdigest()
     return Job(
         command=command,

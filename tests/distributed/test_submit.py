@@ -1,0 +1,259 @@
+"""What a submission sends, what stays here, and how its job's end becomes an exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from raysched.cli import main
+from raysched.config.paths import work_root
+from raysched.distributed import package as packages
+from raysched.distributed.job_server import JobServer, server_address
+from raysched.distributed.joining import join_cluster, private_environment
+from raysched.distributed.jobs import exit_code, follow
+from raysched.distributed.package import collect
+from raysched.distributed.submit import Extras, check_versions, choose_variables, prepare
+from raysched.errors import ConfigError
+
+SECRET = "s3cr3t-value"
+PLANTED = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a sweep, its base, and everything that must not leave it."""
+    for folder in ("configs", "tune_spaces", "runs", ".venv", ".git", "data"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "secret.txt").write_text(SECRET)
+    for name in (".env", "key.pem", "credentials", "model.safetensors"):
+        (tmp_path / name).write_text(SECRET)
+    (tmp_path / "configs" / "run.yaml").write_text("name: mine\n")
+    (tmp_path / "tune_spaces" / "space.yaml").write_text(
+        "name: mine\nbase: ../configs/run.yaml\n"
+        "space:\n  scheduled_sampling.max_step_offset: {choice: [1, 2]}\n"
+    )
+    for name in PLANTED:
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@host:5000")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def sweep_job(path="tune_spaces/space.yaml", extras=None):
+    return prepare(["tune", str(path)], str(path), [], extras)
+
+
+def test_only_the_source_and_the_config_files_are_sent(project):
+    job = sweep_job()
+    names = set(job.package.files)
+    assert {"tune_spaces/space.yaml", "configs/run.yaml", "raysched/cli.py"} <= names
+    assert {"raysched/data/sources.py", "pyproject.toml"} <= names
+    other = {n for n in names if not n.startswith("raysched/")}
+    assert other == {"tune_spaces/space.yaml", "configs/run.yaml", "pyproject.toml"}
+
+
+def test_no_secret_is_in_the_package_the_request_or_the_output(project, capfd):
+    job = sweep_job()
+    with zipfile.ZipFile(io.BytesIO(job.package.archive())) as archive:
+        content = b"".join(archive.read(name) for name in archive.namelist())
+        assert not any(name.startswith(("/", "..")) for name in archive.namelist())
+    assert SECRET.encode() not in content
+    assert not set(PLANTED) & job.variables.keys()
+    assert SECRET not in json.dumps([job.variables, job.entrypoint, job.metadata])
+    assert (
+        main(["submit", "tune", "tune_spaces/space.yaml", "--dry-run", "--env", "HF_TOKEN"]) == 0
+    )
+    printed = capfd.readouterr()
+    assert "HF_TOKEN" in printed.out
+    assert "plain text" in printed.out
+    assert SECRET not in printed.out + printed.err
+
+
+def test_an_uri_with_a_password_is_refused(project, capfd):
+    uri = f"tracking.uri=http://user:{SECRET}@host"
+    assert main(["submit", "train", "configs/run.yaml", uri, "--dry-run"]) == 2
+    printed = capfd.readouterr()
+    assert "password" in printed.err
+    assert SECRET not in printed.out + printed.err
+    (project / "bad.yaml").write_text(f"tracking: {{uri: 'http://user:{SECRET}@host'}}\n")
+    with pytest.raises(ConfigError, match="holds a URL with a password"):
+        collect(["bad.yaml"])
+
+
+@pytest.mark.parametrize("name", [".env", "key.pem", "credentials", "model.safetensors"])
+def test_secrets_and_checkpoints_are_not_sent_even_if_named(project, name):
+    with pytest.raises(ConfigError, match="is not sent"):
+        prepare(["train"], None, [], Extras(include=(name,)))
+
+
+def test_a_folder_that_is_included_goes_without_its_hidden_and_secret_files(project):
+    (project / "extra").mkdir()
+    for name in ("labels.csv", ".env", "my.key"):
+        (project / "extra" / name).write_text("x")
+    (project / "extra" / "link.csv").symlink_to(project / ".env")
+    found = collect([], ["extra"], source=project)
+    assert set(found.files) == {"extra/labels.csv"}
+
+
+def test_files_from_elsewhere_keep_their_places_and_stay_inside(project, monkeypatch):
+    (project / "here").mkdir()
+    monkeypatch.chdir(project / "here")
+    job = sweep_job("../tune_spaces/space.yaml")
+    assert {"job/tune_spaces/space.yaml", "job/configs/run.yaml"} <= set(job.package.files)
+    assert job.entrypoint == "python -m raysched tune job/tune_spaces/space.yaml"
+
+
+def test_too_much_is_refused_with_the_largest_files(project, monkeypatch):
+    monkeypatch.setattr(packages, "MAX_BYTES", 1000)
+    (project / "big.csv").write_bytes(b"0" * 5_000_000)
+    with pytest.raises(ConfigError, match=r"at most .* the largest: big.csv \(4.8 MiB\)"):
+        collect([], ["big.csv"], source=project)
+
+
+def test_the_same_submission_has_the_same_id(project):
+    first, again = sweep_job(), sweep_job()
+    assert first.submission_id == again.submission_id
+    assert first.submission_id.startswith("mine-")
+    assert first.package.archive() == again.package.archive()
+    (project / "configs" / "run.yaml").write_text("name: mine\nseed: 3\n")
+    assert sweep_job().submission_id != first.submission_id
+
+
+def test_variables_are_sent_by_name():
+    environment = {"MLFLOW_EXPERIMENT_NAME": "e", "HF_TOKEN": SECRET, "OTHER": "1"}
+    chosen, notes = choose_variables(["OTHER"], environment)
+    assert chosen["MLFLOW_EXPERIMENT_NAME"] == "e"
+    assert chosen["OTHER"] == "1"
+    assert "HF_TOKEN" not in chosen
+    assert notes == []
+    with pytest.raises(ConfigError, match="NOPE is not set here"):
+        choose_variables(["NOPE"], environment)
+    with pytest.raises(ConfigError, match="takes names, not values, got HF_TOKEN$"):
+        choose_variables([f"HF_TOKEN={SECRET}"], environment)
+
+
+def test_a_store_on_this_machine_stays_here():
+    chosen, notes = choose_variables([], {"MLFLOW_TRACKING_URI": "sqlite:////home/me/mlflow.db"})
+    assert "MLFLOW_TRACKING_URI" not in chosen
+    assert "file of this machine" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 1, 1),
+        ("FAILED", 75, 75),
+        ("FAILED", -9, 137),
+        ("FAILED", None, 1),
+        ("STOPPED", None, 75),
+        ("STOPPED", 0, 75),
+    ],
+)
+def test_a_jobs_end_is_an_exit_code(status, code, expected):
+    assert exit_code({"status": status, "driver_exit_code": code}) == expected
+
+
+def test_versions_that_differ_are_named():
+    assert check_versions({"ray": "1.2.3", "python": "2.7.1"}) != []
+    (ray, python) = check_versions({"ray": "1.2.3", "python": "2.7.1"})
+    assert ray.startswith("Ray 1.2.3 on the cluster")
+    assert python.startswith("Python 2.7.1 on the cluster")
+
+
+@pytest.mark.parametrize("address", ["head:6379", "ray://head:10001", "ftp://x", "http://"])
+def test_an_address_that_is_no_url_is_refused(address):
+    with pytest.raises(ConfigError, match="must be the job server's URL"):
+        server_address(address)
+
+
+def test_no_server_is_one_message(capfd):
+    assert main(["jobs", "list", "--address", "http://127.0.0.1:1"]) == 2
+    assert "no job server answers at http://127.0.0.1:1" in capfd.readouterr().err
+
+
+class Flaky(BaseHTTPRequestHandler):
+    """A job server that drops every second connection; the log grows with each answer."""
+
+    calls = 0
+    lines = ("one\n", "two\n", "three\n")
+
+    def do_GET(self) -> None:
+        kind = type(self)
+        kind.calls += 1
+        if kind.calls % 2:
+            self.connection.close()
+            return
+        seen = kind.calls // 4
+        done = seen >= len(self.lines)
+        body: dict[str, object] = {"status": "SUCCEEDED" if done else "RUNNING"}
+        if self.path.endswith("/logs"):
+            body = {"logs": "".join(self.lines[: seen + 1])}
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is logged."""
+
+
+def test_logs_come_whole_and_once_over_lost_connections():
+    class EveryFifth(Flaky):
+        def do_GET(self) -> None:
+            kind = type(self)
+            if kind.calls % 5 == 3:
+                kind.calls += 1
+                self.connection.close()
+                return
+            kind.calls += 1 + kind.calls % 2
+            super().do_GET()
+
+    server = HTTPServer(("127.0.0.1", 0), EveryFifth)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    out = io.StringIO()
+    job = follow(
+        JobServer(f"http://127.0.0.1:{server.server_port}"), "x", out, sleep=lambda _: None
+    )
+    server.shutdown()
+    server.server_close()
+    assert job["status"] == "SUCCEEDED"
+    assert out.getvalue() == "one\ntwo\nthree\n"
+
+
+def test_joining_where_nothing_answers_is_one_message():
+    import ray
+
+    with pytest.raises(ConfigError, match="no cluster answers at 127.0.0.1:1"):
+        join_cluster(ray, "127.0.0.1:1")
+    with pytest.raises(ConfigError, match="is a job server"):
+        join_cluster(ray, "http://127.0.0.1:8265")
+
+
+def test_a_cluster_of_ones_own_is_closed(monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    one, other = private_environment(), private_environment()
+    assert one["RAY_AUTH_MODE"] == "token"
+    assert len(one["RAY_AUTH_TOKEN"]) == 64
+    assert one["RAY_AUTH_TOKEN"] != other["RAY_AUTH_TOKEN"]
+
+
+def test_a_submitted_job_keeps_its_runs(tmp_path, monkeypatch):
+    folder = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(folder)
+    assert work_root() == tmp_path / "home" / "raysched"
+    monkeypatch.setenv("RAYSCHED_ROOT", str(tmp_path / "shared"))
+    assert work_root() == tmp_path / "shared"
+    monkeypatch.delenv("RAYSCHED_ROOT")
+    monkeypatch.chdir(tmp_path)
+    assert work_root() == Path.cwd()
