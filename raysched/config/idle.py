@@ -167,6 +167,11 @@ IDLE: tuple[Idle, ...] = (
             "only the schedules linear and scaled_linear have betas to choose",
         ),
     ),
+    Idle(
+        ("init_weights",),
+        ("init_from",),
+        when(lambda c: c.init_from is None, "init_from is not given"),
+    ),
     Idle(UNET, ("model.kind",), when(lambda c: c.model.kind == "dit", "model.kind is dit")),
     Idle(DIT, ("model.kind",), when(lambda c: c.model.kind == "unet", "model.kind is unet")),
     Idle(

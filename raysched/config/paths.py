@@ -68,6 +68,8 @@ def anchored(config: RunConfig, root: Path) -> RunConfig:
         if text is not None
     }
     update: dict[str, Any] = {"data": data.model_copy(update=absolute)}
+    if config.init_from is not None:
+        update["init_from"] = str(root / user_path(config.init_from, "init_from"))
     storage = config.training.storage_path
     if storage is not None and not is_uri(storage):
         path = str(root / user_path(storage, "training.storage_path"))

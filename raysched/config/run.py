@@ -196,6 +196,14 @@ class RunConfig(Section):
     prediction_type: PredictionType = Field(
         "flow_matching", description="What the network predicts."
     )
+    init_from: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Begin with the weights of this run, checkpoint or pipeline; its compute is "
+        "not counted.",
+    )
+    init_weights: Literal["ema", "online"] = Field(
+        "ema", description="Which of its weights: averaged or last."
+    )
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     noise_schedule: NoiseScheduleConfig = Field(default_factory=lambda: NoiseScheduleConfig())

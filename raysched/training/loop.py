@@ -29,6 +29,7 @@ from raysched.training.evaluate_step import probe_run, save_final
 from raysched.training.evaluations import Evaluations, Moment
 from raysched.training.files import write_json
 from raysched.training.heartbeat import Heartbeat
+from raysched.training.initial import pin_base
 from raysched.training.keeper import Keeper
 from raysched.training.out_of_memory import memory_errors
 from raysched.training.protocols import Evaluator, Report, RunStatus, Tracker
@@ -104,6 +105,7 @@ def train_loop(
         StorageError: a checkpoint can't be written; earlier ones are kept.
     """
     loop = Loop(build_run(config), run_dir, report, tracker, evaluator)
+    pin_base(config, run_dir, write=loop.is_main)
     loop.restore()
     try:
         with heart.beating(loop.work) if heart else contextlib.nullcontext():

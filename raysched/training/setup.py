@@ -21,6 +21,7 @@ from raysched.models.networks import Denoiser, build_network
 from raysched.models.tracing import TracedForward, trace_forward
 from raysched.training.budget import fraction_spent
 from raysched.training.compiling import compile_network
+from raysched.training.initial import initialise
 from raysched.training.strategies import check_wrapping, shard, wants_shards
 
 
@@ -157,6 +158,7 @@ def build_run(config: RunConfig) -> Run:
     network = build_network(
         config.model, dataset.channels, dataset.image_size, dataset.num_classes, seed=config.seed
     )
+    initialise(network, config)
     accelerator = make_accelerator(config)
     if config.model.gradient_checkpointing:
         cast(Any, network.backbone).enable_gradient_checkpointing()
@@ -196,7 +198,7 @@ def build_run(config: RunConfig) -> Run:
 
 def make_accelerator(config: RunConfig) -> Any:
     """An Accelerator for this process, also where an earlier run left another one behind."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, GradientState
 
     # A reused process keeps the first run's precision otherwise, and refuses another one.
@@ -209,4 +211,6 @@ def make_accelerator(config: RunConfig) -> Any:
             "use bf16 or fp32"
         )
     precision = "no" if config.training.precision == "fp32" else config.training.precision
-    return Accelerator(cpu=on_cpu, mixed_precision=precision)
+    # The networks' buffers are constants (a DiT's position embedding): nothing to broadcast.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[ddp])
