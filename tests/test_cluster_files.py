@@ -33,9 +33,12 @@ def unknown_keys(value: Any, schema: dict[str, Any], path: str = "") -> Iterator
         if schema.get("x-kubernetes-preserve-unknown-fields"):
             return
         named, other = schema.get("properties"), schema.get("additionalProperties")
+        patterns = schema.get("patternProperties", {})
         for key, inner in value.items():
             if named and key in named:
                 yield from unknown_keys(inner, named[key], f"{path}.{key}")
+            elif pattern := [s for p, s in patterns.items() if re.search(p, key)]:
+                yield from unknown_keys(inner, pattern[0], f"{path}.{key}")
             elif isinstance(other, dict):
                 yield from unknown_keys(inner, other, f"{path}.{key}")
             elif named is not None or other is False:
