@@ -198,9 +198,17 @@ def _equal_forwards(c: RunConfig) -> str | None:
 
 
 def _compiled(c: RunConfig) -> str | None:
-    if not c.training.compile or c.scaling.strategy != "fsdp" or c.scaling.num_workers < 2:
+    if not c.training.compile:
         return None
-    return "must be false with scaling.strategy fsdp, got true; ddp compiles"
+    if c.scaling.strategy == "fsdp" and c.scaling.num_workers > 1:
+        return "must be false with scaling.strategy fsdp, got true; ddp compiles"
+    # Measured with torch 2.13 on the CPU: no gradient arrives below a UNet's first resolution.
+    if c.model.kind != "unet" or len(c.model.block_out_channels) > 1:
+        return (
+            "must be false, got true: compiled gradients are known to be right for a UNet of one "
+            "resolution only (model.block_out_channels of one number)"
+        )
+    return None
 
 
 def _repeated_nfe(c: RunConfig) -> str | None:
@@ -250,7 +258,11 @@ ERRORS: tuple[Rule, ...] = (
         ),
         _equal_forwards,
     ),
-    Rule("training.compile", ("scaling.strategy", "scaling.num_workers"), _compiled),
+    Rule(
+        "training.compile",
+        ("scaling.strategy", "scaling.num_workers", "model.kind", "model.block_out_channels"),
+        _compiled,
+    ),
     Rule("evaluation.nfe", (), _repeated_nfe),
     Rule(
         "evaluation.neighbours",

@@ -56,3 +56,11 @@ def test_no_compiler_is_one_message_before_training(monkeypatch):
 def test_fsdp_refuses_to_compile():
     with pytest.raises(ConfigError, match=r"training.compile.* must be false with .* fsdp"):
         tiny(training__compile=True, scaling__strategy="fsdp", scaling__num_workers=2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model__block_out_channels": [8, 16]}, {"model__kind": "dit"}]
+)
+def test_networks_whose_compiled_gradients_are_not_known_right_are_refused(changes):
+    with pytest.raises(ConfigError, match="training.compile.* compiled gradients"):
+        tiny(training__compile=True, **changes)
