@@ -62,5 +62,5 @@ def test_fsdp_refuses_to_compile():
     "changes", [{"model__block_out_channels": [8, 16]}, {"model__kind": "dit"}]
 )
 def test_networks_whose_compiled_gradients_are_not_known_right_are_refused(changes):
-    with pytest.raises(ConfigError, match="training.compile.* compiled gradients"):
+    with pytest.raises(ConfigError, match=r"training.compile.* compiled gradients"):
         tiny(training__compile=True, **changes)
