@@ -37,7 +37,7 @@ def verify_resume(
 
     Args:
         config: the run; tracking and uploads are left out of the proof.
-        kills: how many; the second one falls before the first checkpoint.
+        kills: how many; the first one falls behind a checkpoint, the second one before any.
         seed: of the kills' moments.
         out: folder for the runs, which stay there; default: a temporary one, which stays only
             where a difference was found.
@@ -172,18 +172,23 @@ class _Runs:
         """The logged step after which the run dies; 0: before the first one."""
         first_save = self._config.training.checkpoint_every_steps
         places = [0, *self._steps[:-1]]
-        # Anywhere, except that one of two proves what a run without a checkpoint does.
         early = [step for step in places if step < first_save]
-        return chance.choice(early if number == 2 else places)
+        late = [step for step in places if step > first_save]
+        # Two kills prove both: a run that goes on from a checkpoint, and one that has none.
+        wanted = {1: late, 2: early}.get(number, places)
+        return chance.choice(wanted or places)
 
     def _train_and_kill(self, run_dir: Path, step: int, chance: random.Random) -> bool:
         """Whether the kill came before the run's end."""
+        first_save = self._config.training.checkpoint_every_steps
         with self._child(run_dir) as child:
 
             def reached() -> bool:
                 if step == 0:
                     return (run_dir / METRICS_FILE).is_file()
-                return any(point["step"] >= step for point in read_metrics(run_dir))
+                # A checkpoint is written beside the training, and may be late.
+                saved = step < first_save or bool(checkpoint_folders(run_dir))
+                return saved and any(point["step"] >= step for point in read_metrics(run_dir))
 
             wait_for(child, lambda: reached() or child.ended, stall_s=self._stall_s)
             # The moment between two points, in which a checkpoint may be half written.

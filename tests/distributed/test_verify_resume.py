@@ -144,6 +144,7 @@ def test_runs_killed_at_random_moments_end_identically(tmp_path):
     assert (told["kills"], told["identical"], told["first_difference"]) == (3, 3, None)
     killed = told["all_kills"]
     assert all(kill["step"] < 80 for kill in killed)
+    assert killed[0]["resumed_from"] >= 25
     assert killed[1]["step"] <= 25
     for number in (1, 2, 3):
         assert compare_runs(out / "straight", out / f"kill-{number:02d}", number) is None
