@@ -113,9 +113,7 @@ def _absent(address: str, reason: str) -> str:
 
 def _mismatch(message: str) -> str:
     """`Ray 2.60.0 there, 2.55.0 here; Python …` from Ray's two lists of versions."""
-    found = {
-        name: re.findall(rf"{name}: ([\w.+-]+)", message)[:2] for name in ("Ray", "Python")
-    }
+    found = {name: re.findall(rf"{name}: ([\w.+-]+)", message)[:2] for name in ("Ray", "Python")}
     differing = [
         f"{name} {versions[0]} on the cluster, {versions[1]} here"
         for name, versions in found.items()

@@ -285,11 +285,11 @@ def test_searching_the_sampler_on_the_training_grid_warns(sweep):
     assert sweep(space=space).warnings == []
 
 
-def test_stopping_trials_within_their_ramp_warns(sweep):
+def test_stopping_trials_within_their_ramp_is_refused(sweep):
     space = {f"{SS}.ramp_steps": {"randint": [1, 500]}}
-    (line,) = sweep("training.budget.steps=1000", space=space).warnings
-    assert "early_stopping.grace_fraction" in line
-    assert sweep("training.budget.steps=2000", space=space).warnings == []
+    with pytest.raises(ConfigError, match=r"early_stopping\.grace_fraction: .*step 500"):
+        sweep("training.budget.steps=1000", space=space)
+    assert sweep("training.budget.steps=4000", space=space).warnings == []
 
 
 def test_a_run_is_no_sweep_and_a_sweep_is_no_run(sweep, tmp_path):
