@@ -49,7 +49,10 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "demo_unet_8x8": ({}, 8),
     "dit_64x4_8x8": ({"kind": "dit"}, 8),
     "unet_0.7M_16x16": ({"block_out_channels": (32, 64), "layers_per_block": 1}, 16),
+    # Large enough to keep a GPU busy; not among the defaults.
+    "unet_38M_32x32": ({"block_out_channels": (128, 256, 384), "layers_per_block": 2}, 32),
 }
+DEFAULT_MODELS = tuple(MODELS)[:3]
 LOOP_FORWARDS = 40
 CLOCK: dict[str, Callable[[], float]] = {"now": time.perf_counter}
 RATIOS = (
@@ -76,14 +79,16 @@ class Job:
         self.config = RunConfig.model_validate({"model": config, "scheduled_sampling": rollouts})
         self.schedule = NoiseSchedule.from_config(self.config.noise_schedule)
         self.batch, self.accumulation = options.batch, accumulation
-        self.network = build_network(self.config.model, 1, self.size, 10)
+        self.device = torch.device(options.device)
+        self.network = build_network(self.config.model, 1, self.size, 10).to(self.device)
         self.network.eval()
         self.replay = trace_forward(self.network, (1, self.size, self.size)) or self.network
         count = self.batch * accumulation
         self.indices = torch.arange(count)
         self.target_u = self.schedule.training_u(uniforms(0, "t", 0, self.indices)[:, 0])
-        self.x0, self.eps = torch.randn(2, count, 1, self.size, self.size)
-        self.labels = torch.arange(count) % 10
+        self.x0, self.eps = torch.randn(2, count, 1, self.size, self.size, device=self.device)
+        self.labels = torch.arange(count, device=self.device) % 10
+        self.times = 1000 * self.target_u.to(self.device, torch.float32)
         self.plan = self._draw(0)
         self.num_forwards = int(self.plan.num_steps.sum())
 
@@ -99,6 +104,7 @@ class Job:
             solver=self.config.scheduled_sampling.sampler,
             prediction_type=self.config.prediction_type,
             capacity=self.batch,
+            device=self.device,
         )
         source = add_noise(self.x0, self.eps, *self.schedule.alpha_sigma(plan.source_u))
         result = rollout(network, source, calls)
@@ -109,7 +115,7 @@ class Job:
         """All sample-forwards in so many calls of equal sizes, give or take one."""
         for call in range(num_calls):
             rows = slice(0, (self.num_forwards + call) // num_calls)
-            times = 1000 * self.target_u[rows].float()
+            times = self.times[rows]
             self.replay(sample=self.x0[rows], timestep=times, class_labels=self.labels[rows])
 
     @torch.no_grad()
@@ -117,7 +123,7 @@ class Job:
         """The same number of sample-forwards, at the limit; the last batch is what is left."""
         for left in range(self.num_forwards, 0, -self.batch):
             rows = slice(0, min(left, self.batch))
-            times = 1000 * self.target_u[rows].float()
+            times = self.times[rows]
             network(sample=self.x0[rows], timestep=times, class_labels=self.labels[rows])
 
     @torch.no_grad()
@@ -127,18 +133,20 @@ class Job:
         for i in range(self.x0.shape[0]):
             x, label = self.x0[i : i + 1].clone(), self.labels[i : i + 1]
             for j in range(int(self.plan.num_steps[i])):
-                t = self.plan.nodes_u[i, j : j + 2].float()
+                t = self.plan.nodes_u[i, j : j + 2].to(self.device, torch.float32)
                 v = self.network(sample=x, timestep=1000 * t[:1], class_labels=label)
                 x = x + (t[1] - t[0]) * v
                 done += 1
             if done >= LOOP_FORWARDS:
                 break
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         return (CLOCK["now"]() - start) * self.num_forwards / done
 
     def gradient_step(self) -> None:
         """Forward and backward of all micro-batches, without the optimizer."""
-        for part in torch.split(self.indices, self.batch):
-            times = 1000 * self.target_u[part].float()
+        for part in torch.split(self.indices.to(self.device), self.batch):
+            times = self.times[part]
             out = self.network(
                 sample=self.x0[part], timestep=times, class_labels=self.labels[part]
             )
@@ -172,9 +180,11 @@ class RecordedLanes:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Time of one call."""
+    """Time of one call, with what it leaves the device to do."""
     start = CLOCK["now"]()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return CLOCK["now"]() - start
 
 
@@ -229,7 +239,8 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object only")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(DEFAULT_MODELS))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--batch", type=int, default=64, help="samples per micro-batch")
     parser.add_argument("--max-step-offset", type=int, default=10)
     parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 4])

@@ -67,6 +67,7 @@ def make_run(max_step_offset: int, options: argparse.Namespace, accumulation: in
             "gradient_accumulation": accumulation,
         },
         "scaling": {"num_workers": 0},
+        "model": options.model,
     }
     return build_run(load_mapping(config, "benchmark").config)
 
@@ -88,9 +89,13 @@ def measure(options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
         forwards = rolled.meter.rollout - before[0]
         arithmetic = (planning.seconds - before[1]) - (network.seconds - before[2])
         parts = seconds(lambda s=step: train_step(plain, s))
-        eager = seconds(lambda n=forwards: full_batches(plain.policy, n, options.batch))
+        eager = seconds(
+            lambda n=forwards: full_batches(plain.policy, n, options.batch, plain.device)
+        )
         fast = seconds(
-            lambda n=forwards: full_batches(plain.replay or plain.policy, n, options.batch)
+            lambda n=forwards: full_batches(
+                plain.replay or plain.policy, n, options.batch, plain.device
+            )
         )
         if step >= 2:  # the first ones warm up
             ratios.append(whole / (parts + fast))
@@ -108,21 +113,25 @@ def measure(options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def full_batches(network: Callable[..., torch.Tensor], num_forwards: int, size: int) -> None:
+def full_batches(
+    network: Callable[..., torch.Tensor], num_forwards: int, size: int, device: torch.device
+) -> None:
     """So many sample-forwards in full batches; the last one is what is left."""
     for left in range(num_forwards, 0, -size):
         count = min(left, size)
         network(
-            sample=torch.zeros(count, 1, 8, 8),
-            timestep=torch.full((count,), 500.0),
-            class_labels=torch.zeros(count, dtype=torch.int64),
+            sample=torch.zeros(count, 1, 8, 8, device=device),
+            timestep=torch.full((count,), 500.0, device=device),
+            class_labels=torch.zeros(count, dtype=torch.int64, device=device),
         )
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Time of one call."""
+    """Time of one call, with what it leaves the device to do."""
     start = CLOCK["now"]()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return CLOCK["now"]() - start
 
 
@@ -136,6 +145,7 @@ def main() -> None:
     parser.add_argument("--torch-threads", type=int, default=1)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     options = parser.parse_args()
+    options.model = {}
     torch.set_num_threads(options.torch_threads)
     keep_freed_memory()
     if options.clock == "cpu":

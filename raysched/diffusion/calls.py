@@ -23,6 +23,7 @@ from raysched.diffusion.programs import Order, Program
 from raysched.diffusion.reuse import PassedStates
 from raysched.diffusion.schedules import NoiseSchedule
 from raysched.diffusion.solvers import SolverTable, build_table
+from raysched.diffusion.transfer import to_device
 
 
 class NoiseSource(Protocol):
@@ -226,12 +227,12 @@ class Layout:
         return CallPlan(
             program=table.program,
             num_samples=self.num_samples,
-            samples=self.rolled[lane].to(device),
-            rows=packing.chain.to(device),
-            timesteps=timesteps.to(device=device, dtype=dtype),
-            coefficients=coefficients[:, :, None].to(device=device, dtype=dtype),
+            samples=to_device(self.rolled[lane], device),
+            rows=to_device(packing.chain, device),
+            timesteps=to_device(timesteps, device, dtype),
+            coefficients=to_device(coefficients[:, :, None], device, dtype),
             bounds=packing.bounds,
-            rolled=self.rolled.to(device),
+            rolled=to_device(self.rolled, device),
             with_clean=clean_times is not None,
             in_step=sizes_equal and lengths.numel() <= capacity,
             noise=self._noise(self.rolled[lane], packing.position, is_lane, device, dtype),
@@ -255,7 +256,8 @@ class Layout:
         drawn = self.options.noise(samples=samples[is_lane], forwards=position[is_lane])
         drawn = drawn.flatten(1).to(dtype)
         noise = drawn.new_zeros(samples.numel(), drawn.shape[1])
-        return noise.index_copy_(0, torch.nonzero(is_lane)[:, 0], drawn).to(device)
+        noise.index_copy_(0, torch.nonzero(is_lane)[:, 0], drawn)
+        return to_device(noise, device)
 
     def _kept(
         self, packing: Packing, is_lane: Tensor, lane: Tensor, device: torch.device | str
@@ -281,7 +283,7 @@ def _picks(packing: Packing, chosen: Tensor, slots: Tensor, device: torch.device
     place = torch.arange(len(chosen)) - torch.repeat_interleave(bounds[:-1], sizes)
     before = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(chosen.long(), dim=0)])
     return Picks(
-        rows=place[chosen].to(device),
-        slots=slots[chosen].to(device),
+        rows=to_device(place[chosen], device),
+        slots=to_device(slots[chosen], device),
         bounds=tuple(before[bounds].tolist()),
     )

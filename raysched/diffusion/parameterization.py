@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from raysched.config.run import PredictionType
+from raysched.diffusion.transfer import to_device
 
 # An epsilon model says nothing about x0 where alpha = 0, and a sample model nothing about eps
 # where sigma = 0; the divisor is floored there, far below any value that training visits.
@@ -33,7 +34,7 @@ ANCHOR_SIGMA_FLOOR = 0.05
 def broadcast(coefficient: Tensor, like: Tensor) -> Tensor:
     """A (B,) coefficient on the device and in the dtype of `like`, shaped (B, 1, …)."""
     shape = (-1,) + (1,) * (like.ndim - 1)
-    return coefficient.to(device=like.device, dtype=like.dtype).reshape(shape)
+    return to_device(coefficient, like.device, like.dtype).reshape(shape)
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

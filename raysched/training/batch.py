@@ -14,6 +14,7 @@ from torch import Tensor
 from raysched.data.batches import batch_indices
 from raysched.diffusion.curriculum import RolloutPlan, draw_plan
 from raysched.diffusion.randomness import normals, uniforms
+from raysched.diffusion.transfer import to_device
 from raysched.training.setup import Run
 
 
@@ -73,9 +74,9 @@ def draw_batch(run: Run, step: int) -> Batch:
         step=step,
         sample_indices=indices,
         dataset_rows=rows,
-        x0=x0.to(run.device),
-        eps=eps.to(run.device),
-        labels=labels.to(run.device),
+        x0=to_device(x0, run.device),
+        eps=to_device(eps, run.device),
+        labels=to_device(labels, run.device),
         plan=plans[run.rank],
         plans=plans,
     )

@@ -12,6 +12,7 @@ import torch
 
 from raysched.diffusion.parameterization import add_noise, prediction_target
 from raysched.diffusion.reuse import PassedStates, passed_states
+from raysched.diffusion.transfer import to_device
 from raysched.training.batch import Batch
 from raysched.training.inputs import TrainingInputs
 from raysched.training.jump import DifferentiableJump
@@ -67,12 +68,12 @@ def scheduled_sampling(run: Run, batch: Batch) -> TrainingInputs:
     aim = rollout_targets(
         run, batch, chosen, rolled.sample[chosen], plan.target_u[chosen], plain.target[chosen]
     )
-    target = plain.target.index_copy(0, chosen.to(aim.device), aim)
+    target = plain.target.index_copy(0, to_device(chosen, aim.device), aim)
     inputs = replace(
         plain,
         sample=rolled.sample,
         target=torch.where(row_mask(rolled.failed, target), plain.target, target),
-        rolled=plan.rolled.to(rolled.failed.device) & ~rolled.failed,
+        rolled=to_device(plan.rolled, rolled.failed.device) & ~rolled.failed,
         clean_prediction=rolled.clean_prediction,
         num_forwards=rolled.num_forwards,
         drift=rolled.drift,
@@ -90,7 +91,7 @@ def _through_the_jump(run: Run, batch: Batch, plain: TrainingInputs) -> Training
         num_forwards = batch.plan.num_rolled
     return replace(
         plain,
-        rolled=batch.plan.rolled.to(plain.sample.device),
+        rolled=to_device(batch.plan.rolled, plain.sample.device),
         clean_prediction=clean,
         num_forwards=num_forwards,
         jump=jump,

@@ -18,6 +18,7 @@ from raysched.diffusion.programs import solver_program
 from raysched.diffusion.randomness import generator, normals
 from raysched.diffusion.reuse import PassedStates
 from raysched.diffusion.rollout import plan_calls, rollout
+from raysched.diffusion.transfer import to_device
 from raysched.training.batch import Batch
 from raysched.training.setup import Run
 
@@ -56,7 +57,7 @@ def wants_clean(run: Run) -> bool:
 
 def row_mask(mask: Tensor, like: Tensor) -> Tensor:
     """A (b,) mask, on the device of `like` and broadcastable against it."""
-    return mask.to(like.device).reshape(-1, *(1,) * (like.ndim - 1))
+    return to_device(mask, like.device).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def roll_out(
@@ -94,16 +95,18 @@ def _made(
         seed = generator(run.config.seed, "rollout_dropout", batch.step, run.rank).initial_seed()
         torch.manual_seed(seed)
     run.policy.train(settings.dropout)
-    result = rollout(
-        PolicyNetwork(run, batch),
-        x_source,
-        calls,
-        x_t if with_clean else None,
-        with_gradient=with_gradient,
-    )
+    # Around all calls: the weights' casts to the run's precision are kept from call to call.
+    with run.accelerator.autocast():
+        result = rollout(
+            PolicyNetwork(run, batch),
+            x_source,
+            calls,
+            x_t if with_clean else None,
+            with_gradient=with_gradient,
+        )
     made = [part for part in (result.x_hat, result.clean_pred) if part is not None]
     finite = torch.stack([part.isfinite().flatten(1).all(dim=1) for part in made]).all(dim=0)
-    rolled = plan.rolled.to(x_t.device)
+    rolled = to_device(plan.rolled, x_t.device)
     # Rows that were not rolled out keep the teacher-forced input bit for bit.
     sample = torch.where(row_mask(rolled & finite, x_t), result.x_hat, x_t)
     clean = result.clean_pred
@@ -202,7 +205,7 @@ def clean_predictions(run: Run, batch: Batch, x_t: Tensor) -> tuple[Tensor, Tens
         (b, C, H, W), 0 elsewhere, and (b,) bool, whose prediction was no finite number.
     """
     chosen = torch.nonzero(batch.plan.rolled)[:, 0]
-    timestep = run.schedule.model_time(batch.plan.target_u).to(x_t)
+    timestep = to_device(run.schedule.model_time(batch.plan.target_u), x_t.device, x_t.dtype)
     network, clean = PolicyNetwork(run, batch), torch.zeros_like(x_t)
     run.policy.train(run.config.rollout.dropout)
     for part in _parts(chosen, micro_batch_size(run)):
