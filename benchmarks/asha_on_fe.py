@@ -15,23 +15,21 @@ counting the compute that they would have got. Baseline excluded on both sides: 
 from __future__ import annotations
 
 import argparse
-import heapq
 import itertools
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from raysched.config.sweep import EarlyStoppingConfig
 from raysched.tuning.journal import JOURNAL_FILE, apply_event, read_events
 from raysched.tuning.records import TrialRecord
-from raysched.tuning.rules import make_rule
+from raysched.tuning.replay import replay
 
 SPACE = Path(__file__).parents[1] / "tune_spaces" / "digits_rollout.yaml"
-GRACES, FACTORS, EVALUATIONS = (0.25, 2 / 9, 1 / 9), (2.0, 3.0, 4.0), 18
+GRACES, FACTORS, EVALUATIONS = (0.25, 2 / 9, 1 / 9), (2.0, 3.0, 4.0), 9
 
 
 def train(folder: Path, num_trials: int, budget: float) -> None:
@@ -58,46 +56,6 @@ def read_trials(folder: Path) -> list[TrialRecord]:
     return [records[n] for n in sorted(records) if records[n].status == "finished"]
 
 
-def replay(
-    trials: Sequence[TrialRecord], early: EarlyStoppingConfig, budget: float, concurrent: int = 2
-) -> tuple[float, list[TrialRecord]]:
-    """Forward equivalents spent, and who reached the budget.
-
-    Args:
-        trials: candidates in the order of their proposal.
-        early: the rule's settings.
-        budget: F.
-        concurrent: trials at once; the clock is compute.
-    """
-    rule, waiting = make_rule(early, budget), iter(trials)
-    spent, survivors = 0.0, []
-    count = itertools.count()
-    # When, a tie-break, trial, index of the evaluation that is reached then.
-    running: list[tuple[float, int, TrialRecord, int]] = []
-
-    def begin(now: float) -> None:
-        trial = next(waiting, None)
-        if trial is not None:
-            at = now + trial.curve[0].forward_equivalents
-            heapq.heappush(running, (at, next(count), trial, 0))
-
-    for _ in range(concurrent):
-        begin(0.0)
-    while running:
-        now, _, trial, index = heapq.heappop(running)
-        point = trial.curve[index]
-        fe = point.forward_equivalents
-        ended = index + 1 == len(trial.curve)
-        if not ended and not rule.stops(trial.number, fe, (point.q,)):
-            later = now + trial.curve[index + 1].forward_equivalents - fe
-            heapq.heappush(running, (later, next(count), trial, index + 1))
-            continue
-        spent += fe
-        survivors += [trial] if ended else []
-        begin(now)
-    return spent, survivors
-
-
 def tied(folder: Path, best: TrialRecord, found: TrialRecord) -> bool:
     """Whether the paired interval between two trials holds zero."""
     from raysched.config.loading import load
@@ -120,15 +78,16 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     best, found = min(candidates, key=quality), []
     for grace, factor in itertools.product(GRACES, FACTORS):
         early = EarlyStoppingConfig(grace_fraction=grace, reduction_factor=factor)
-        spent, survivors = replay(candidates, early, budget)
-        chosen = min(survivors, key=quality)
+        curves = {t.number: [(p.forward_equivalents, (p.q,)) for p in t.curve] for t in candidates}
+        spent, survivors = replay(curves, early, budget, concurrent=2)
+        chosen = min((t for t in candidates if t.number in survivors), key=quality)
         same = chosen is best
         found.append(
             {
                 "grace": round(grace, 4),
                 "factor": factor,
                 "trials": len(candidates),
-                "share": round(spent / full, 4),
+                "share": round(sum(spent.values()) / full, 4),
                 "same": same,
                 "tied": same or tied(folder, best, chosen),
                 "winner": chosen.number,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from raysched.arguments import join_values, split_arguments
+from raysched.arguments import join_values
 from raysched.commands import (
     Json,
     Work,
@@ -27,22 +27,17 @@ from raysched.commands import (
 )
 from raysched.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
 from raysched.job_commands import SUBMIT_EXAMPLE, jobs, submit
-from raysched.outcome import Outcome, mute, report, stopped_early, usage_failure, warn
+from raysched.outcome import Outcome, report, stopped_early, usage_failure
 from raysched.signals import STOP
+from raysched.sweep_commands import Resume, console, end_of, load_run, pick, plan, tune
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from raysched.config.run import RunConfig
     from raysched.training.result import RunResult
-    from raysched.tuning.pick import PickResult
-    from raysched.tuning.records import SweepResult
 
 # click's base class of everything that is wrong with a command line.
 UsageProblem: type[Exception] = typer.BadParameter.__bases__[0]
 
 OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier start stopped.")]
 app = typer.Typer(
     name="raysched",
     help="Train diffusion and flow-matching models with rollouts, search the rollout settings, "
@@ -72,98 +67,26 @@ def train(
 
     def work() -> Outcome:
         STOP.install()
-        config = _load_run(tokens)
+        config = load_run(tokens)
         if STOP.requested:
             return stopped_early()
         from raysched.distributed.train import train as train_once
 
-        result = train_once(config, resume=resume, console=_console(as_json))
-        return _outcome(result, _train_text(result))
+        result = train_once(config, resume=resume, console=console(as_json))
+        return end_of(result, _train_text(result))
 
     return work
 
 
-@app.command(
+app.command(
     context_settings=OVERRIDES,
     epilog="Example: raysched tune tune_spaces/digits_rollout.yaml search.num_samples=4",
-)
-def tune(
-    tokens: Annotated[list[str] | None, typer.Argument(metavar="SPACE|KEY=VALUE")] = None,
-    resume: Resume = False,
-    as_json: Json = False,
-) -> Work:
-    """Search the settings that SPACE names, and compare the winner with plain training."""
-
-    def work() -> Outcome:
-        STOP.install()
-        from raysched.config.space import load_sweep
-
-        path, overrides = split_arguments(tokens or [])
-        if path is None:
-            return usage_failure("a SPACE is needed, such as tune_spaces/digits_rollout.yaml")
-        loaded = load_sweep(path, overrides)
-        warn(list(loaded.warnings))
-        if STOP.requested:
-            return stopped_early()
-        from raysched.report import print_summary, write_report
-        from raysched.tuning.sweep import run_sweep
-
-        console = _console(as_json)
-        result = run_sweep(loaded, resume=resume, console=console, write_report=write_report)
-        print_summary(result, console)
-        return _outcome(result)
-
-    return work
-
-
-@app.command(epilog="Example: raysched pick runs/digits-rollout-20260101-120000 --top 2")
-def pick(
-    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep's folder.")],
-    top: Annotated[int, typer.Option(min=1, help="Candidates beside the baseline.")] = 3,
-    seeds: Annotated[int, typer.Option(min=1, help="Fresh seeds of each.")] = 3,
-    resume: Resume = False,
-    as_json: Json = False,
-) -> Work:
-    """Train a sweep's best again on fresh seeds, and say who beats plain training."""
-
-    def work() -> Outcome:
-        STOP.install()
-        from pathlib import Path
-
-        from raysched.report.pick_sheet import write_pick_sheet
-        from raysched.tuning.pick import run_pick
-
-        result = run_pick(
-            Path(sweep), top=top, num_seeds=seeds, resume=resume,
-            console=_console(as_json), write_sheet=write_pick_sheet,
-        )  # fmt: skip
-        return _outcome(result, result.as_text())
-
-    return work
-
-
-@app.command(
+)(tune)
+app.command(epilog="Example: raysched pick runs/digits-rollout-20260101-120000 --top 2")(pick)
+app.command(
     context_settings=OVERRIDES,
-    epilog="Example: raysched plan configs/digits_flow.yaml training.budget.steps=5000 --json",
-)
-def plan(
-    tokens: Annotated[list[str] | None, typer.Argument(metavar="CONFIG|KEY=VALUE")] = None,
-    as_json: Json = False,
-) -> Work:
-    """Say what a run will cost, before it is started: compute, time, memory and disk."""
-
-    def work() -> Outcome:
-        config = _load_run(tokens)
-        from raysched.training.plan import plan_run, print_plan
-
-        forecast = plan_run(config)
-        if not as_json:
-            print_plan(forecast, _console(as_json))
-        return Outcome(forecast.as_json())
-
-    return work
-
-
+    epilog="Example: raysched plan tune_spaces/digits_rollout.yaml --price-per-hour 2.50",
+)(plan)
 app.command(epilog="Example: raysched sample runs/digits_flow-20260101-120000 --class-label 3")(
     sample
 )
@@ -198,7 +121,7 @@ def show_config(
     def work() -> Outcome:
         from raysched.config.loading import dump, to_yaml
 
-        resolved = dump(_load_run(tokens))
+        resolved = dump(load_run(tokens))
         return Outcome(resolved, to_yaml(resolved).rstrip("\n"))
 
     return work
@@ -304,36 +227,6 @@ def _parsed(arguments: list[str]) -> Work:
     if callable(chosen):
         return lambda: chosen()
     return lambda: Outcome({}, exit_code=int(chosen or 0))
-
-
-def _load_run(tokens: list[str] | None) -> RunConfig:
-    from raysched.config.loading import load
-
-    loaded = load(*split_arguments(tokens or []))
-    warn(list(loaded.warnings))
-    return loaded.config
-
-
-def _console(as_json: bool) -> Console:
-    from rich.console import Console
-
-    class Lasting(Console):
-        """Work goes on when its reader leaves (`| head`): hours of training may be behind it."""
-
-        def on_broken_pipe(self) -> None:
-            self.quiet = True
-            mute(self.file.fileno())
-
-    return Lasting(stderr=as_json, soft_wrap=True)
-
-
-def _outcome(result: RunResult | SweepResult | PickResult, text: str = "") -> Outcome:
-    """A run's or a sweep's end; its error is told on stderr as well."""
-    payload = result.as_json()
-    if result.error is None:
-        return Outcome(payload, text, result.exit_code)
-    problems = (result.error,)
-    return Outcome({**payload, "problems": problems}, text, result.exit_code, problems)
 
 
 def _train_text(result: RunResult) -> str:

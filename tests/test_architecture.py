@@ -26,7 +26,16 @@ ROWS = (
     ("distributed",),
     ("tuning",),
     ("report",),
-    ("arguments", "outcome", "doctor", "commands", "job_commands", "cli", "__main__"),
+    (
+        "arguments",
+        "outcome",
+        "doctor",
+        "commands",
+        "job_commands",
+        "sweep_commands",
+        "cli",
+        "__main__",
+    ),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 
@@ -38,7 +47,7 @@ ONLY_IN = {
     "matplotlib": {"report"},
     "diffusers": {"models"},
     "accelerate": {"training"},
-    "typer": {"cli", "commands", "job_commands"},
+    "typer": {"cli", "commands", "job_commands", "sweep_commands"},
 }
 # Code that is copied out with a logged model and runs where raysched isn't installed.
 TRAVELS = {"raysched.tracking.pyfunc_code": {"diffusers"}}

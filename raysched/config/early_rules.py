@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from raysched.config.entries import Finding
 from raysched.config.run import RunConfig
-from raysched.config.sweep import SweepConfig
+from raysched.config.structure import Structure, structure_of, value_at
+from raysched.config.sweep import Dimension, SweepConfig
 
 SS = "scheduled_sampling."
+# Mean offset over K at most; round((1 - v^2) K) has 0.707 for K = 1 and two thirds for large K.
+MEAN_SHARE = {"uniform": 1 / 2, "biased_early": 1 / 3, "biased_late": 0.7072}
+MATTERS = {
+    "exposure",
+    "training.batch_size",
+    *(SS + name for name in ("max_step_offset", "strategy", "grid", "sampler", "probability")),
+    *(SS + name for name in ("guidance_scale", "jump_gradient", "reflexflow", "reflexflow_alpha")),
+    *(SS + name for name in ("ramp_steps", "offset_ramp_steps", "start_step")),
+    *(SS + name for name in ("prob_start", "prob_end")),
+}
+MAX_CORNERS, NUM_RANDOM = 20_000, 500
 
 
 def early_mistakes(
@@ -43,36 +60,80 @@ def early_mistakes(
 def ramp_end(sweep: SweepConfig, config: RunConfig) -> tuple[float, int]:
     """The most compute that a trial of the space has spent when its ramps end, and that step.
 
+    Looked for among combinations that trials could really have, conditions and constraints
+    fulfilled: those of the ends of what matters here, and random ones.
+
     Args:
         sweep: its space may search the ramp.
         config: the base run, for what the space leaves alone.
 
     Returns:
-        Forward equivalents (0 without a ramp), and the optimizer step. Until `start_step` the
-        chance is that of the ramp's start; in between its mean is that of the two ends.
+        Forward equivalents (0 without a ramp), and the optimizer step.
     """
+    structure = structure_of(sweep, config)
+    fixed = structure.fixed
+    generator = random.Random(0)  # noqa: S311 - no secret
+    drawn = (structure.random(generator) for _ in range(NUM_RANDOM))
+    possible = (point for point in drawn if structure.broken(point) is None)
+    ends = (_ends_only(structure, generator) for _ in range(NUM_RANDOM))
+    points = itertools.chain(
+        itertools.islice(_corners(structure), MAX_CORNERS),
+        possible,
+        (point for point in ends if structure.broken(point) is None),
+    )
+    return max((_ramp_cost({**fixed, **point}) for point in points), default=(0.0, 0))
 
-    def largest(name: str) -> float:
-        dimension = sweep.space.get(SS + name)
-        values = dimension.values if dimension else [getattr(config.scheduled_sampling, name)]
-        numbers = [float(v) for v in values if isinstance(v, int | float)]
-        return max(numbers, default=0.0)
 
-    ramp = max(largest("ramp_steps"), largest("offset_ramp_steps"))
-    if not ramp or not _rolls(sweep, config):
+def _corners(structure: Structure) -> Iterator[dict[str, Any]]:
+    """Ends of the settings that a ramp's cost depends on, and of those their conditions name."""
+    needed = {key for key in structure.space if key in MATTERS}
+    while more := {
+        name
+        for key in needed
+        for name in structure.space[key].conditions
+        if name in structure.space and name not in needed
+    }:
+        needed |= more
+    space = {key: _both_ends(structure.space[key]) for key in structure.space if key in needed}
+    constraints = tuple(
+        c for c in structure.constraints if not c.names & (structure.space.keys() - needed)
+    )
+    return Structure(space, structure.fixed, constraints).every()
+
+
+def _ends_only(structure: Structure, generator: random.Random) -> dict[str, Any]:
+    space = structure.space
+    return structure.choose(lambda key: generator.choice(_both_ends(space[key]).values))
+
+
+def _both_ends(dimension: Dimension) -> Dimension:
+    listed = dimension.kind in ("choice", "grid")
+    low, high = value_at(dimension, 0.0), value_at(dimension, 1.0)
+    values = dimension.values if listed else (low,) if low == high else (low, high)
+    return Dimension(choice=values, when=dict(dimension.conditions) or None)
+
+
+def _ramp_cost(run: Mapping[str, Any]) -> tuple[float, int]:
+    """Forward equivalents of a run until its ramps have ended, at most, and the step.
+
+    Until `start_step` the chance is that of the ramp's start; in between its mean is that of the
+    two ends. Clamping and windows, which shorten rollouts, are left out.
+    """
+    rollout = {key.removeprefix(SS): value for key, value in run.items() if key.startswith(SS)}
+    ramp = max(rollout["ramp_steps"], rollout["offset_ramp_steps"])
+    if not ramp or run["exposure"] != "scheduled_sampling" or not rollout["max_step_offset"]:
         return 0.0, 0
-    solver = sweep.space.get(SS + "sampler")
-    solvers = solver.values if solver else (config.scheduled_sampling.sampler,)
-    forwards = (4 if "rk4" in solvers else 1) * (2 if largest("guidance_scale") != 1 else 1)
-    # Half of K on average, and one forward more where ReflexFlow compares.
-    rolled = largest("max_step_offset") / 2 * forwards + 1
-    before, after = largest("prob_start"), largest("prob_end")
-    samples, start = config.training.batch_size, largest("start_step")
+    forwards = 4 if rollout["sampler"] == "rk4" else 1
+    forwards *= 2 if rollout["guidance_scale"] != 1 else 1
+    steps = MEAN_SHARE[rollout["strategy"]] * rollout["max_step_offset"]
+    # A rollout on the jump grid is one step, with gradient on request.
+    if rollout["grid"] == "jump":
+        steps = 3.0 if rollout["jump_gradient"] else 1.0
+    clean = rollout["reflexflow"] is not False and rollout["reflexflow_alpha"] != 0
+    rolled = steps * forwards + clean
+    before, after = rollout["prob_start"], rollout["prob_end"]
+    if not rollout["ramp_steps"]:
+        before = after = rollout["probability"]
+    start = rollout["start_step"]
     per_sample = start * (3 + before * rolled) + ramp * (3 + (before + after) / 2 * rolled)
-    return samples * per_sample, int(start + ramp)
-
-
-def _rolls(sweep: SweepConfig, config: RunConfig) -> bool:
-    exposure = sweep.space.get("exposure")
-    methods = exposure.values if exposure else (config.exposure,)
-    return "scheduled_sampling" in methods
+    return run["training.batch_size"] * per_sample, int(start + ramp)

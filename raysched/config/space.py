@@ -136,6 +136,7 @@ def _split(overrides: Sequence[str]) -> tuple[list[Token], list[Token], list[Fin
         return key in SWEEP.leaves or RUN.resolve(key) in RUN.leaves or _is_sweep_key(key)
 
     tokens, findings = split_tokens(overrides, is_key)
+    tokens = [_spelled_out(token) for token in tokens]
     last = {path.rpartition(".")[2] for path in SWEEP.leaves}
     for_sweep = [
         t
@@ -144,6 +145,15 @@ def _split(overrides: Sequence[str]) -> tuple[list[Token], list[Token], list[Fin
         if _is_sweep_key(t.key) or (t.key in last and RUN.resolve(t.key) not in RUN.leaves)
     ]
     return for_sweep, [t for t in tokens if t not in for_sweep], findings
+
+
+def _spelled_out(token: Token) -> Token:
+    """`--num-samples 40` means search.num_samples: options are short, and this one is frequent."""
+    name = token.key.replace("-", "_")
+    if not token.dashed or RUN.resolve(token.key) in RUN.leaves:
+        return token
+    path = next((p for p in (name, f"search.{name}") if p in SWEEP.leaves), token.key)
+    return Token(path, token.text, token.dashed)
 
 
 def _is_sweep_key(key: str) -> bool:

@@ -34,6 +34,7 @@ from raysched.training.out_of_memory import (
     recalled,
     remember,
 )
+from raysched.training.output import captured
 from raysched.training.protocols import NullTracker, Tracker
 from raysched.training.result import RunResult
 from raysched.training.run_folder import WRITER_LOCK, own_run_folder
@@ -247,15 +248,16 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     if kind:
         # Ray Train starts the group again after any error; a user's mistake stays one.
         return asdict(Result(status="failed", output_dir=job.run_dir, error=message))
-    context = ray.train.get_context()
+    rank = ray.train.get_context().get_world_rank()
     try:
-        result = _run_loop(
-            job,
-            lambda metrics: ray.train.report(dict(metrics)),
-            rank=context.get_world_rank(),
-            threads=settings["threads"],
-            heart=_make_heart(job, context.get_world_rank()),
-        )
+        with captured(Path(job.run_dir) / f"output-{rank}.txt"):
+            result = _run_loop(
+                job,
+                lambda metrics: ray.train.report(dict(metrics)),
+                rank=rank,
+                threads=settings["threads"],
+                heart=_make_heart(job, rank),
+            )
     except UserError as error:
         set_fatal(Path(job.run_dir), job.attempt, error)
         raise

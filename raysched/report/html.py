@@ -23,7 +23,7 @@ from raysched.report.table import write_csv
 from raysched.report.write import REPORT_FOLDER, with_samples
 from raysched.training.files import storage_errors
 from raysched.tuning.compare import final_samples, metric_name, run_folders
-from raysched.tuning.display import STATUS_WORDS, quality_text, settings_text
+from raysched.tuning.display import quality_text, settings_text, status_text
 from raysched.tuning.importance import MIN_TRIALS, importances
 from raysched.tuning.records import TrialRecord
 
@@ -257,7 +257,7 @@ def _table(stored: StoredSweep) -> str:
             f'<td class="n">{escape(quality_text(trial))}</td>',
             f'<td class="n">{trial.forward_equivalents:,.0f} ({share:.0%})</td>',
             f'<td class="n">{trial.seconds:,.0f}</td>',
-            f"<td>{escape(STATUS_WORDS[trial.status])}</td>",
+            f"<td>{escape(status_text(trial))}</td>",
             f"<td>{escape(settings_text(trial))}</td>",
             f"<td>{escape(trial.error or '')}</td>",
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from raysched.tuning.display import SCALED_HEADER, trial_table
+from raysched.tuning.fixed_cost import fixed_cost_text
 from raysched.tuning.records import SweepResult
 
 FILE_WORDS = {
@@ -14,6 +15,7 @@ FILE_WORDS = {
     "curves": "curves",
     "sample_grid": "samples, baseline beside the best",
     "table_csv": "table",
+    "trial_logs": "logs of a trial",
     "mlflow_ui": "MLflow",
 }
 
@@ -37,6 +39,9 @@ def print_summary(result: SweepResult, console: Console) -> None:
         _line(console, f"Stopped; go on with --resume output_dir={result.folder}")
     if result.verdict is not None:
         _line(console, f"Verdict: {result.verdict.text}")
+        console.print()
+    if result.fixed_cost is not None:
+        _line(console, fixed_cost_text(result.fixed_cost))
         console.print()
     width = max(len(word) for word in FILE_WORDS.values())
     for key, word in FILE_WORDS.items():

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raysched.tuning.display import STATUS_WORDS, swept_keys
+from raysched.training.events import LOG_FILE
+from raysched.tuning.display import status_text, swept_keys
 from raysched.tuning.records import SweepResult
 
 COLUMNS = (
@@ -18,6 +19,7 @@ COLUMNS = (
     "forward_equivalents",
     "seconds",
     "run_dir",
+    "log",
     "error",
 )
 
@@ -28,13 +30,13 @@ def table_rows(result: SweepResult) -> list[dict[str, Any]]:
     winner = result.winner.number if result.winner else None
     rows = []
     for trial in result.trials:
-        values = trial.as_json()
+        values = {**trial.as_json(), "log": str(Path(trial.run_dir) / LOG_FILE)}
         rows.append(
             {
                 "trial": trial.name,
                 "baseline": trial.baseline,
                 "winner": trial.number == winner,
-                "status": STATUS_WORDS[trial.status],
+                "status": status_text(trial),
                 **{key: trial.assignments.get(key) for key in keys},
                 **{column: values[column] for column in COLUMNS},
             }

@@ -16,6 +16,7 @@ from torch import Tensor
 from raysched.config.run import RunConfig
 from raysched.diffusion.compute import GRADIENT_COST
 from raysched.diffusion.forecast import StepForecast, forecast_run
+from raysched.errors import RunFailedError
 from raysched.evaluation.evaluate import evaluate
 from raysched.evaluation.samples import CONSISTENCY_FACTOR, CONSISTENCY_SAMPLES
 from raysched.evaluation.sampling import num_evaluations, num_steps
@@ -54,12 +55,16 @@ class Speed:
         return self.per_step + self.per_rollout_fe * step.rollout
 
 
-def measure_speed(run: Run, config: RunConfig) -> Speed:
+def measure_speed(run: Run, config: RunConfig, *, max_seconds: float = MAX_SECONDS) -> Speed:
     """Make steps from all over the run, and time their two parts apart.
 
     Args:
         run: one worker's share of the run, just built; its weights stay as they are.
         config: the whole run.
+        max_seconds: about how long.
+
+    Raises:
+        RunFailedError: a step's loss was no number.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = 0.0
@@ -68,7 +73,7 @@ def measure_speed(run: Run, config: RunConfig) -> Speed:
     one_step = warm_up.training + warm_up.rollout
     horizon = min(forecast_run(config, lambda step: one_step).steps, LAST_STEP)
     pace = (time.perf_counter() - started) / WARM_UP_STEPS
-    num = min(max(int(MAX_SECONDS / pace), MIN_STEPS), MAX_STEPS, max(horizon, MIN_STEPS))
+    num = min(max(int(max_seconds / pace), MIN_STEPS), MAX_STEPS, max(horizon, MIN_STEPS))
     # The last step first: it has the largest share of rollouts in most runs, and so most memory.
     steps = [horizon - 1, *(int((i + 0.5) * horizon / num) for i in range(num))]
     measured = [_timed_step(run, step) for step in steps][1:]
@@ -166,7 +171,9 @@ def _timed_step(run: Run, step: int) -> _Timing:
     meter = run.meter
     before = meter.seconds("training"), meter.seconds("rollout"), meter.rollout
     run.step = step
-    train_step(run, step)
+    result = train_step(run, step)
+    if result.failed:
+        raise RunFailedError(f"step {step + 1}: {result.describe_failure()}")
     return _Timing(
         meter.seconds("training") - before[0],
         meter.seconds("rollout") - before[1],

@@ -24,6 +24,7 @@ from raysched.config.run import RunConfig
 from raysched.diffusion.forecast import RunForecast, forecast_run
 from raysched.training.budget import DEFAULT_EVALUATIONS
 from raysched.training.measure import (
+    MAX_SECONDS,
     checkpoint_bytes,
     evaluation_seconds,
     measure_speed,
@@ -86,21 +87,25 @@ class Plan:
         return {**asdict(self), "notes": list(self.notes)}
 
 
-def plan_run(config: RunConfig) -> Plan:
+def plan_run(
+    config: RunConfig, *, max_seconds: float = MAX_SECONDS, with_evaluation: bool = True
+) -> Plan:
     """Forecast a run's compute, time, memory and disk.
 
     Args:
         config: the resolved run.
+        max_seconds: about how long steps are measured.
+        with_evaluation: whether to measure an evaluation, too; without, it counts as 0.
 
     Raises:
         ConfigError, DataError: what training would refuse, too.
     """
     with _left_as_found(config.scaling.cpus_per_worker):
         run = build_run(_one_workers_share(config))
-        speed = measure_speed(run, config)
+        speed = measure_speed(run, config, max_seconds=max_seconds)
         forecast = forecast_run(config, speed.seconds_of)
         count = count_evaluations(config, forecast)
-        evaluation = evaluation_seconds(run, speed, count)
+        evaluation = evaluation_seconds(run, speed, count) if with_evaluation else 0.0
         checkpoint = checkpoint_bytes(run)
         memory = peak_memory_bytes(run.device)
         weights = sum(num_bytes(tensor) for tensor in run.ema.weights().values())

@@ -89,7 +89,7 @@ def progress_line(event: str, record: TrialRecord, budget: float) -> str:
     share = f"{100 * record.forward_equivalents / budget:.0f} % of the budget"
     if event == "report":
         return f"{head}: {share}, q {quality}"
-    line = f"{head} {STATUS_WORDS[record.status]}: q {quality} at {share}"
+    line = f"{head} {status_text(record)}: q {quality} at {share}"
     return f"{line} ({record.error})" if record.error else line
 
 
@@ -159,7 +159,7 @@ def _table(
             *(objective_text(record, name) for name in names),
             *([] if front is None else ["yes" if record.number in front else ""]),
             share,
-            STATUS_WORDS[record.status],
+            status_text(record),
             style=STATUS_STYLES.get(record.status),
         )
     return table
@@ -216,6 +216,11 @@ def headers(keys: Sequence[str]) -> list[str]:
     """Column headers: the last parts of the dotted keys, whole keys where those would repeat."""
     last = [key.rsplit(".", 1)[-1] for key in keys]
     return [key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)]
+
+
+def status_text(record: TrialRecord) -> str:
+    """How a trial stands, in words."""
+    return f"infeasible: {record.infeasible}" if record.infeasible else STATUS_WORDS[record.status]
 
 
 def settings_cell(record: TrialRecord, key: str) -> str:

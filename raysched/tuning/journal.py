@@ -38,7 +38,7 @@ class Journal:
         """Write one event durably.
 
         Args:
-            event: suggested, started, report, pruning, ended or measured.
+            event: suggested, started, report, pruning, ended, retry or measured.
             number: the trial's number.
             content: JSON types; numbers that are not finite are allowed.
 
@@ -125,6 +125,10 @@ def apply_event(records: dict[int, TrialRecord], event: dict[str, Any]) -> None:
         record.status, record.error = "pruned", event["reason"]
     elif kind == "ended":
         _end(record, event)
+    elif kind == "retry":
+        # Its evaluations stay: it goes on from its last checkpoint.
+        record.status, record.error = "waiting", None
+        record.diverged = record.out_of_memory = False
     elif kind == "measured":
         record.objectives, record.censored = event["objectives"], event["censored"]
 
@@ -136,6 +140,10 @@ def _end(record: TrialRecord, event: dict[str, Any]) -> None:
     # A pruned trial keeps the reason of the decision.
     record.error = event.get("error") or (record.error if record.status == "pruned" else None)
     record.diverged = event.get("diverged", False)
+    record.out_of_memory = event.get("out_of_memory", False)
+    record.fixed_seconds = event.get("fixed_seconds")
+    record.work_seconds = event.get("work_seconds") or 0.0
+    record.new_process = event.get("new_process", False)
     record.seconds = event.get("seconds") or record.seconds
     if event.get("q") is not None:
         record.q = event["q"]

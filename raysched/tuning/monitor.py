@@ -9,6 +9,7 @@ from typing import Any
 from ray.tune import Callback
 
 from raysched.training.files import storage_errors
+from raysched.training.out_of_memory import KILLER_WORDS
 from raysched.tuning.journal import Journal
 from raysched.tuning.proposals import Proposals
 from raysched.tuning.records import (
@@ -22,6 +23,9 @@ from raysched.tuning.records import (
     TrialRecord,
 )
 
+# What Ray says of a process that went with its node.
+NODE_LOST = ("node has died", "node died", "node is dead", "node was terminated", "NodeDied")
+
 
 class Monitor(Callback):  # type: ignore[misc]
     """Journals starts, evaluations and ends, and passes them on.
@@ -32,6 +36,9 @@ class Monitor(Callback):  # type: ignore[misc]
         show: called with a record after each event.
         close_run: ends a trial's run in the tracking store.
         measure: journals the objectives of trials that reached the budget.
+        fixed_seconds: trial's number, seconds of its work -> what it cost beside them.
+        requeue: takes a trial whose node was lost, to be begun again.
+        check: called after every end, to stop a sweep that can't be judged any more.
     """
 
     def __init__(
@@ -42,12 +49,18 @@ class Monitor(Callback):  # type: ignore[misc]
         show: Callable[[str, TrialRecord], None],
         close_run: Callable[[TrialRecord], None] = lambda _: None,
         measure: Callable[[], None] = lambda: None,
+        fixed_seconds: Callable[[int, float], float | None] = lambda *_: None,
+        requeue: Callable[[TrialRecord], None] = lambda _: None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._journal = journal
         self._proposals = proposals
         self._show = show
         self._close_run = close_run
         self._measure = measure
+        self._fixed_seconds = fixed_seconds
+        self._requeue = requeue
+        self._check = check
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune pickles what it was given; its snapshots are never read, the journal is.
@@ -83,22 +96,31 @@ class Monitor(Callback):  # type: ignore[misc]
         # Tune copies this file to the trial's storage only later.
         written = Path(trial.error_file or "")
         details = written.read_text(encoding="utf-8") if written.is_file() else ""
-        reason = details.strip().splitlines()[-1] if details.strip() else "for an unknown reason"
-        if "died" in details:
-            reason = "its process died: killed, out of memory, or a crash"
         log = Path(self._journal.records[number].run_dir) / "error.txt"
         with storage_errors(log, "writing why the trial failed"):
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(details + "\n", encoding="utf-8")
-        self._end(number, {"status": "failed", "error": f"{reason} (all of it in {log})"})
+        if any(words in details for words in NODE_LOST):
+            # No fault of its settings: it goes on from its last checkpoint.
+            self._end(number, {"status": "stopped", "error": "its node was lost"})
+            self._requeue(self._journal.records[number])
+            return
+        killed = any(words in details.lower() for words in KILLER_WORDS)
+        error = f"{_reason(details, killed=killed)} (all of it in {log})"
+        self._end(number, {"status": "failed", "error": error, "out_of_memory": killed})
 
     def _end(self, number: int, result: dict[str, Any]) -> None:
+        work = result.get("work_seconds") or 0.0
         record = self._journal.append(
             "ended",
             number,
             status=result["status"],
             error=result.get("error"),
             diverged=bool(result.get("diverged")),
+            out_of_memory=bool(result.get("out_of_memory")),
+            fixed_seconds=self._fixed_seconds(number, work),
+            work_seconds=work,
+            new_process=bool(result.get("new_process")),
             q=result.get(OBJECTIVE),
             q_low=result.get(Q_LOW),
             q_high=result.get(Q_HIGH),
@@ -113,3 +135,12 @@ class Monitor(Callback):  # type: ignore[misc]
             self._proposals.tell(record)
             self._close_run(record)
         self._show("ended", record)
+        self._check()
+
+
+def _reason(details: str, *, killed: bool) -> str:
+    if killed:
+        return "out of memory: Ray ended its process, because its node ran low on memory"
+    if "died" in details:
+        return "its process died: killed, out of memory, or a crash"
+    return details.strip().splitlines()[-1] if details.strip() else "for an unknown reason"

@@ -152,7 +152,7 @@ def run_pick(
         numbers = {record.number for record in pick.chosen}
         trials = [record for record in journal.ordered() if record.number in numbers]
         result = PickResult("stopped", folder, trials, plan.seeds)
-        if all(record.ended for record in trials) or not stopped:
+        if all(record.ended for record in trials) or not stopped or _baseline_failed(trials):
             result = _conclude(result, pick, plan, compare)
         if result.status == "finished" and write_sheet is not None:
             shown = [t for t in trials if t.status == "finished"]
@@ -205,6 +205,10 @@ def _enter(
 def _complete(plan: TrialPlan, record: TrialRecord) -> bool:
     results = [read_result(folder) for folder in plan.run_dirs(record.as_trial())]
     return all(result is not None and result.status == "finished" for result in results)
+
+
+def _baseline_failed(trials: Sequence[TrialRecord]) -> bool:
+    return any(trial.baseline and trial.status == "failed" for trial in trials)
 
 
 def _conclude(result: PickResult, pick: PickPlan, plan: TrialPlan, compare: Compare) -> PickResult:

@@ -78,12 +78,15 @@ class Proposals:
             self.study = optuna.create_study(directions=directions, sampler=sampler)
         self._random = random.Random(search.seed)  # noqa: S311 - no secret
         self._asked: dict[int, optuna.Trial] = {}
+        # Infeasible trials that came before any value: a penalty needs something to be worse than.
+        self._owed: list[optuna.Trial] = []
         # Points are tried in order: an earlier session has used up as many as it has trials.
         self._fixed = [dict(point) for point in search.points][len(candidates) :]
         self._listed = _listed(self._structure, search)
-        for record in candidates:
-            if record.ended:
-                self._replay(record)
+        ended = [record for record in candidates if record.ended]
+        # Infeasible ones last: their penalty is worse than all values, which must be known.
+        for record in sorted(ended, key=self._is_infeasible):
+            self._replay(record)
 
     def ask(self, number: int) -> dict[str, Any] | None:
         """The settings of trial `number`; None when the space has nothing new to try."""
@@ -112,12 +115,16 @@ class Proposals:
         trial = self._asked.pop(record.number, None)
         if trial is None:
             return
+        if self._is_infeasible(record) and self._penalty() is None:
+            self._owed.append(trial)
+            return
         state, values = self._outcome(record)
         if state is TrialState.PRUNED and self._num_losses == 1:
             # With several objectives Optuna takes no evaluations on the way.
             for step, q in _intermediate(record.curve).items():
                 trial.report(q, step)
         self.study.tell(trial, values, state=state)
+        self._pay_debts()
 
     def _ask_optuna(self) -> tuple[optuna.Trial, dict[str, Any]]:
         """A trial of Optuna's, asked for the settings that its own conditions leave in."""
@@ -187,12 +194,27 @@ class Proposals:
             return TrialState.COMPLETE, losses
         if record.status == "pruned" and _intermediate(record.curve):
             return TrialState.PRUNED, None
-        # A finished trial that lacks an objective says nothing about its settings.
-        diverged = record.diverged or losses is not None or _no_number(record)
-        penalty = self._penalty() if diverged else None
+        penalty = self._penalty() if self._is_infeasible(record) else None
         if penalty is None:
             return TrialState.FAIL, None
         return TrialState.COMPLETE, penalty
+
+    def _is_infeasible(self, record: TrialRecord) -> bool:
+        """Whether its settings are to be stayed away from: NaN, or more memory than there is.
+
+        A trial that failed for another reason, or lacks an objective, says nothing about them.
+        """
+        if record.infeasible is not None or _no_number(record):
+            return True
+        losses = self._losses(record) if record.status == "finished" else None
+        return losses is not None and not all(map(math.isfinite, losses))
+
+    def _pay_debts(self) -> None:
+        penalty = self._penalty()
+        if penalty is not None:
+            for trial in self._owed:
+                self.study.tell(trial, penalty, state=TrialState.COMPLETE)
+            self._owed.clear()
 
     def _penalty(self) -> list[float] | None:
         """Worse than everything seen by the range of what was seen; None before any value."""

@@ -63,6 +63,11 @@ class TrialRecord:
         run_dir: the trial's folder.
         error: why it failed, or why it was pruned, in one line.
         diverged: it failed because numbers stopped being finite.
+        out_of_memory: it failed because memory ran out.
+        fixed_seconds: what it cost beside training, evaluation and checkpoints: waiting for its
+            process, imports, data, network, Tune; None where it went on from an earlier session.
+        work_seconds: training, evaluation and checkpoints.
+        new_process: whether its process was started for it rather than taken over.
         tracking_id: its run in the tracking store, empty without one.
         curve: its evaluations, by compute; those of the first seed.
         further_curves: the evaluations of the other seeds, once it has ended.
@@ -85,6 +90,10 @@ class TrialRecord:
     run_dir: str = ""
     error: str | None = None
     diverged: bool = False
+    out_of_memory: bool = False
+    fixed_seconds: float | None = None
+    work_seconds: float = 0.0
+    new_process: bool = False
     tracking_id: str = ""
     curve: list[Point] = field(default_factory=list)
     further_curves: list[list[Point]] = field(default_factory=list)
@@ -101,6 +110,15 @@ class TrialRecord:
     def ended(self) -> bool:
         """Whether nothing is left to run."""
         return self.status in ("finished", "pruned", "failed")
+
+    @property
+    def infeasible(self) -> str | None:
+        """Why its settings can't be trained, which is a result and not retried; None else."""
+        if self.status != "failed":
+            return None
+        if self.out_of_memory:
+            return "out of memory"
+        return "diverged" if self.diverged else None
 
     def as_trial(self) -> dict[str, Any]:
         """What the trial's process is told."""
@@ -122,7 +140,9 @@ class TrialRecord:
     def as_json(self) -> dict[str, Any]:
         """All fields and the name as JSON types; what is not finite becomes null."""
         out = asdict(self)
-        del out["curve"], out["further_curves"], out["diverged"], out["tracking_id"]
+        for name in ("curve", "further_curves", "diverged", "out_of_memory", "tracking_id"):
+            del out[name]
+        out["infeasible"] = self.infeasible
         numbers = {key: _finite(value) for key, value in out.items() if isinstance(value, float)}
         for name in ("metrics", "objectives"):
             out[name] = {key: _finite(value) for key, value in out[name].items()}
@@ -189,6 +209,7 @@ class SweepResult:
         error: why the sweep failed.
         budget: forward equivalents of every trial.
         pareto: of a search for several objectives: front, hypervolume, reference; else None.
+        fixed_cost: seconds per trial beside training and evaluation, see `fixed_cost`.
     """
 
     sweep: str
@@ -201,6 +222,7 @@ class SweepResult:
     error: str | None = None
     budget: float = 0.0
     pareto: dict[str, Any] | None = None
+    fixed_cost: dict[str, Any] | None = None
 
     @property
     def baseline(self) -> TrialRecord | None:
@@ -226,6 +248,7 @@ class SweepResult:
             "winner": winner.as_json() if winner else None,
             "verdict": _verdict_json(self.verdict) if self.verdict else None,
             "pareto": self.pareto,
+            "fixed_cost": self.fixed_cost,
             "files": self.files,
             "error": self.error,
         }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import shutil
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ from rich.console import Console
 from raysched.config.loading import assign
 from raysched.config.run import RunConfig
 from raysched.config.space import LoadedSweep
+from raysched.distributed.resources import bundle, living_nodes
 from raysched.errors import ConfigError
 from raysched.training.stop import request_stop
 from raysched.tuning.display import Progress
 from raysched.tuning.journal import Journal
-from raysched.tuning.measuring import measure_trials
-from raysched.tuning.objectives import sweep_objectives
+from raysched.tuning.measuring import measure_trials, unreported
+from raysched.tuning.objectives import Objectives, sweep_objectives
 from raysched.tuning.store import SweepStore
 from raysched.tuning.trial import TrialPlan, run_trial
 
@@ -37,29 +40,54 @@ def remaining_trials(loaded: LoadedSweep, journal: Journal) -> int:
     return unfinished + new + (0 not in journal.records)
 
 
-def max_concurrent(config: RunConfig, cpus: float, gpus: float, limit: int | None) -> int:
+def hopeless(journal: Journal, objectives: Objectives) -> str | None:
+    """Why a sweep can't be judged whatever else is trained; None if it can.
+
+    The baseline failed, which all trials are compared with, or the trials that have finished lack
+    an objective.
+    """
+    baseline = journal.records.get(0)
+    if baseline is not None and baseline.status == "failed":
+        return f"the baseline failed: {baseline.error}"
+    q = baseline.q if baseline is not None and baseline.status == "finished" else None
+    if q is not None and not math.isfinite(q):
+        return "the baseline failed: its quality is not a number"
+    return unreported(objectives, journal.ordered())
+
+
+def max_concurrent(
+    config: RunConfig, nodes: Sequence[Mapping[str, float]], limit: int | None
+) -> int:
     """Trials at once: as many as the cluster carries, at most `limit`.
+
+    Args:
+        config: the base run.
+        nodes: resources of each living node; a worker never spans two.
+        limit: the user's.
 
     Raises:
         ConfigError: not even one fits.
     """
     scaling = config.scaling
     workers = max(1, scaling.num_workers)
-    need = workers * scaling.cpus_per_worker
-    if need > cpus:
-        raise ConfigError(
-            f"scaling: each trial needs {need} CPUs, the cluster has {cpus:g}: lower "
-            "scaling.num_workers or scaling.cpus_per_worker"
-        )
-    fit = int(cpus // need)
-    if scaling.use_gpu:
-        if workers > gpus:
+    one = bundle(scaling)
+    for name, each in one.items():
+        need, have = workers * each, sum(node.get(name, 0.0) for node in nodes)
+        if need > have:
+            less = "set scaling.use_gpu to false" if name == "GPU" else "scaling.cpus_per_worker"
             raise ConfigError(
-                f"scaling: each trial needs {workers} GPUs, the cluster has {gpus:g}: lower "
-                "scaling.num_workers or set scaling.use_gpu to false"
+                f"scaling: each trial needs {need:g} {name}s, the cluster has {have:g}: lower "
+                f"scaling.num_workers or {less}"
             )
-        fit = min(fit, int(gpus // workers))
-    return min(fit, limit) if limit else fit
+    fit = sum(min(int(node.get(n, 0.0) // each) for n, each in one.items()) for node in nodes)
+    if fit < workers:
+        words = " and ".join(f"{each:g} {name}s" for name, each in one.items())
+        raise ConfigError(
+            f"scaling: each trial needs {workers} workers of {words}, each on one node, and only "
+            f"{fit} fit on the cluster's nodes: lower scaling.num_workers or "
+            "scaling.cpus_per_worker"
+        )
+    return min(fit // workers, limit) if limit else fit // workers
 
 
 def trial_resources(config: RunConfig) -> dict[str, float]:
@@ -83,26 +111,21 @@ def search(
 ) -> bool:
     """Run what is left to run; True if the sweep was asked to stop."""
     num_trials = remaining_trials(loaded, journal)
-    if not num_trials:
+    objectives = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
+    if not num_trials or hopeless(journal, objectives) is not None:
         return False
     from raysched.distributed.runtime import ensure_ray
 
-    ray = ensure_ray()
+    ensure_ray()
     from raysched.tuning.monitor import Monitor
     from raysched.tuning.searcher import TrialSearcher
     from raysched.tuning.stopping import SweepStopper, stop_on_signals
 
-    cluster = ray.cluster_resources()
-    concurrent = max_concurrent(
-        loaded.base.config,
-        cluster.get("CPU", 0.0),
-        cluster.get("GPU", 0.0),
-        loaded.sweep.search.max_concurrent,
-    )
+    limit = loaded.sweep.search.max_concurrent
+    concurrent = max_concurrent(loaded.base.config, living_nodes(), limit)
     stopper = SweepStopper(
         plan.stop_file, functools.partial(_live_folders, journal, plan), patience_s=PATIENCE_S
     )
-    objectives = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
     searcher = TrialSearcher(
         loaded.sweep,
         journal,
@@ -120,11 +143,20 @@ def search(
             show=progress.show,
             close_run=store.close_run if store else lambda _: None,
             measure=functools.partial(measure_trials, journal, objectives),
+            fixed_seconds=searcher.fixed_seconds,
+            requeue=searcher.requeue,
+            check=functools.partial(_give_up, journal, objectives, stopper),
         )
         scheduler = _scheduler(loaded, journal, plan)
         with stop_on_signals(stopper):
             _tune(loaded, plan, searcher, scheduler, monitor, stopper, num_trials, concurrent)
     return stopper.stopping
+
+
+def _give_up(journal: Journal, objectives: Objectives, stopper: Any) -> None:
+    reason = hopeless(journal, objectives)
+    if reason is not None:
+        stopper.request(reason)
 
 
 def _tune(
@@ -153,7 +185,8 @@ def _tune(
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
-            num_samples=num_trials,
+            # The searcher knows when there is nothing left; trials of lost nodes come again.
+            num_samples=2 * num_trials + 10,
             max_concurrent_trials=concurrent,
             reuse_actors=True,
         ),

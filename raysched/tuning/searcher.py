@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         self._open_run = open_run
         self._stopping = stopping
         self._unfinished = [record for record in past if not record.ended]
+        self._asked_at: dict[int, float] = {}
         for record in self._unfinished:
             if not record.baseline:
                 self.proposals.ask_again(record)
@@ -75,7 +77,27 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         record = None if self._stopping() else self._next()
         if record is None:
             return str(Searcher.FINISHED)
+        if not record.curve:
+            self._asked_at[record.number] = time.monotonic()
         return record.as_trial()
+
+    def fixed_seconds(self, number: int, work: float) -> float | None:
+        """What a trial that has just ended cost beside its work, from proposal to end.
+
+        Args:
+            number: the trial's.
+            work: seconds of training, evaluation and checkpoints.
+
+        Returns:
+            Seconds; None for one that went on with an earlier session's work, or did none.
+        """
+        asked = self._asked_at.pop(number, None)
+        return time.monotonic() - asked - work if asked is not None and work else None
+
+    def requeue(self, record: TrialRecord) -> None:
+        """Suggest a trial once more, which Ray lost with its node."""
+        self._asked_at.pop(record.number, None)
+        self._unfinished.append(record)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

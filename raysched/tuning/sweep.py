@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -19,15 +18,17 @@ from raysched.config.loading import write_yaml
 from raysched.config.paths import anchored
 from raysched.config.run import RunConfig
 from raysched.config.space import LoadedSweep
+from raysched.training.events import LOG_FILE
 from raysched.training.fetch import check_storage
 from raysched.training.files import storage_errors, write_json
 from raysched.tuning.compare import compare_with_baseline, metric_name
+from raysched.tuning.fixed_cost import fixed_cost
 from raysched.tuning.folder import open_sweep_folder, sweep_folder
 from raysched.tuning.journal import Journal
-from raysched.tuning.measuring import measure_trials, pareto_summary, unreported
+from raysched.tuning.measuring import measure_trials, pareto_summary
 from raysched.tuning.objectives import sweep_objectives
 from raysched.tuning.records import SweepResult, TrialRecord
-from raysched.tuning.search import remaining_trials, search
+from raysched.tuning.search import hopeless, remaining_trials, search
 from raysched.tuning.store import open_store
 from raysched.tuning.trial import Train, TrialPlan, train_run
 from raysched.tuning.verdict import Comparison, best, decide, eligible
@@ -56,6 +57,7 @@ def run_sweep(
     *,
     resume: bool,
     console: Console,
+    retry_failed: bool = False,
     write_report: ReportWriter | None = None,
     train: Train = train_run,
     compare: Compare = compare_with_baseline,
@@ -66,6 +68,7 @@ def run_sweep(
         loaded: the checked sweep.
         resume: go on with a sweep that its folder holds.
         console: where progress is shown.
+        retry_failed: begin trials again that failed, except those whose settings can't be trained.
         write_report: writes tables and figures into the sweep's folder, returns name -> path.
         train: trains one run.
         compare: compares candidates with the baseline.
@@ -93,6 +96,8 @@ def run_sweep(
             store=store.handle if store else None,
             train=train,
         )
+        if retry_failed:
+            retry(journal)
         interrupted = search(loaded, journal, plan, store, console)
         result = _conclude(loaded, journal, plan, compare, stopped=interrupted)
         if write_report is not None and result.status != "stopped":
@@ -107,6 +112,14 @@ def run_sweep(
     return result
 
 
+def retry(journal: Journal) -> list[int]:
+    """Let failed trials begin again; numbers that diverged and memory that ran out are results."""
+    numbers = [r.number for r in journal.ordered() if r.status == "failed" and not r.infeasible]
+    for number in numbers:
+        journal.append("retry", number)
+    return numbers
+
+
 def _conclude(
     loaded: LoadedSweep, journal: Journal, plan: TrialPlan, compare: Compare, *, stopped: bool
 ) -> SweepResult:
@@ -114,21 +127,25 @@ def _conclude(
     measure_trials(journal, objectives)
     trials = journal.ordered()
     result = SweepResult(
-        plan.folder.name, "stopped", plan.folder, trials, budget=plan.budget, files=_files(plan)
+        plan.folder.name,
+        "stopped",
+        plan.folder,
+        trials,
+        budget=plan.budget,
+        files=_files(plan),
+        fixed_cost=fixed_cost(trials),
     )
-    unfinished = [trial for trial in trials if not trial.ended]
-    if stopped and (unfinished or remaining_trials(loaded, journal)):
+    baseline, reason = result.baseline, hopeless(journal, objectives)
+    if reason is not None:
+        again = baseline is not None and baseline.status == "failed" and not baseline.infeasible
+        hint = "; once that is mended: --resume --retry-failed" if again else ""
+        return dataclasses.replace(result, status="failed", error=reason + hint)
+    # Trials that their node took along are unfinished although nobody asked to stop.
+    if any(not trial.ended for trial in trials) or (stopped and remaining_trials(loaded, journal)):
         return result
-    baseline = result.baseline
-    if baseline is None or baseline.status != "finished":
-        reason = (baseline.error if baseline else None) or "it did not reach its budget"
-        return dataclasses.replace(result, status="failed", error=f"the baseline failed: {reason}")
-    if baseline.q is None or not math.isfinite(baseline.q):
-        return dataclasses.replace(
-            result, status="failed", error="the baseline failed: its quality is not a number"
-        )
-    if missing := unreported(objectives, trials):
-        return dataclasses.replace(result, status="failed", error=missing)
+    if baseline is None or baseline.status != "finished" or baseline.q is None:
+        error = "the baseline failed: it did not reach its budget"
+        return dataclasses.replace(result, status="failed", error=error)
     candidates = [trial for trial in eligible(trials) if not trial.baseline]
     config, seeds = loaded.base.config, len(plan.seeds)
     comparisons = compare(baseline, candidates, config=config, seeds=seeds)
@@ -151,6 +168,7 @@ def _files(plan: TrialPlan) -> dict[str, str]:
     return {
         "sweep_config": str(plan.folder / "sweep.yaml"),
         "journal": str(plan.folder / "trials.jsonl"),
+        "trial_logs": str(plan.folder / "trials" / "TRIAL" / LOG_FILE),
     }
 
 

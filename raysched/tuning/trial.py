@@ -8,7 +8,9 @@ last report, so that a failure is a result and the sweep goes on.
 from __future__ import annotations
 
 import functools
+import json
 import math
+import os
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     from raysched.training.result import RunResult
 
 TrialReport = Callable[[dict[str, Any]], None]
+OUTPUT_FILE = "output.txt"
+# This process once it has run a trial; empty in a new one.
+_processes: set[int] = set()
 NOT_FINITE = re.compile(r"\b(nan|inf|not finite)\b", re.IGNORECASE)
 
 
@@ -122,10 +127,30 @@ class TrialPlan:
 
 
 def run_trial(trial: dict[str, Any], plan: TrialPlan) -> None:
-    """The function that Ray Tune calls; `trial` is what the searcher suggested."""
+    """The function that Ray Tune calls; `trial` is what the searcher suggested.
+
+    What the trial's process prints goes to `output.txt` in the trial's folder, and what happened
+    to the trial to `log.txt`.
+    """
     from ray import tune
 
-    tune.report(train_trial(trial, plan, tune.report))
+    from raysched.training.events import note_event
+    from raysched.training.output import captured
+
+    folder = plan.trial_dir(trial)
+    folder.mkdir(parents=True, exist_ok=True)
+    new_process = not _processes
+    _processes.add(os.getpid())
+    note_event(folder, f"started in process {os.getpid()}: {describe(trial)}")
+    with captured(folder / OUTPUT_FILE):
+        end = train_trial(trial, plan, tune.report)
+    note_event(folder, f"{end['status']}{': ' + end['error'] if end['error'] else ''}")
+    tune.report({**end, "new_process": new_process})
+
+
+def describe(trial: Mapping[str, Any]) -> str:
+    """A trial's settings for its log."""
+    return "baseline" if trial["baseline"] else json.dumps(trial["assignments"])
 
 
 def train_trial(trial: Mapping[str, Any], plan: TrialPlan, report: TrialReport) -> dict[str, Any]:
@@ -151,14 +176,20 @@ def train_trial(trial: Mapping[str, Any], plan: TrialPlan, report: TrialReport) 
             if results[-1].status != "finished":
                 break
     except UserError as error:
-        return _ended("failed", results, error=str(error))
+        return _failed(results, error, str(error))
     except Exception as error:  # noqa: BLE001 - a trial's failure is a result of the sweep
         log = plan.trial_dir(trial) / "error.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc(), encoding="utf-8")
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        return _ended("failed", results, error=f"{reason} (all of it in {log})")
+        return _failed(results, error, f"{reason} (all of it in {log})")
     return _ended(results[-1].status, results, error=results[-1].error)
+
+
+def _failed(results: Sequence[RunResult], error: Exception, text: str) -> dict[str, Any]:
+    from raysched.training.out_of_memory import is_out_of_memory
+
+    return {**_ended("failed", results, error=text), "out_of_memory": is_out_of_memory(error)}
 
 
 def _train_seed(
@@ -214,6 +245,8 @@ def _ended(
         "status": status,
         "error": error,
         "diverged": status == "failed" and _diverged(results),
+        "out_of_memory": False,
+        "work_seconds": sum(entry.get("wall_seconds", 0.0) for entry in compute),
         OBJECTIVE: _mean(metrics, Q),
         Q_LOW: _mean(metrics, Q_LOW),
         Q_HIGH: _mean(metrics, Q_HIGH),

@@ -1,7 +1,11 @@
+import random
+
 import pytest
 import yaml
 
-from raysched.config.space import load_sweep
+from raysched.config.early_rules import ramp_end
+from raysched.config.space import assign, load_sweep
+from raysched.diffusion.forecast import step_forecast
 from raysched.errors import ConfigError
 
 SS = "scheduled_sampling."
@@ -43,6 +47,44 @@ def test_ramps_that_nobody_takes_are_no_ramps(tmp_path):
     overrides = {"training.batch_size": 10, "exposure": "mixflow", SS + "ramp_steps": 90}
     space = {"mixflow.gamma": {"uniform": [0.1, 0.8]}}
     load_sweep(write(tmp_path, overrides=overrides, space=space))
+
+
+def test_what_a_trial_can_not_have_at_once_is_not_added_up(tmp_path):
+    # Long ramps with short rollouts, or the reverse; together they would take 0.39 of the budget.
+    space = {
+        SS + "max_step_offset": {"choice": [2, 8]},
+        SS + "ramp_steps": {"choice": [8, 24]},
+    }
+    together = {"space": space, "early_stopping": {"kind": "asha", "grace_fraction": 0.3}}
+    with pytest.raises(ConfigError, match="must not end before the ramp does"):
+        load_sweep(write(tmp_path, **together))
+    rule = f"{SS}max_step_offset * {SS}ramp_steps <= 64"
+    load_sweep(write(tmp_path, **together, constraints=[rule]))
+    space[SS + "ramp_steps"] = {"choice": [8, 24], "when": {SS + "max_step_offset": 2}}
+    load_sweep(write(tmp_path, **together))
+
+
+def test_a_rollout_that_is_biased_late_is_longer_and_its_ramp_costs_more(tmp_path):
+    overrides = {"training.batch_size": 10, SS + "max_step_offset": 8, SS + "reflexflow": False}
+    for strategy, end in (("biased_early", 733.3), ("uniform", 800.0), ("biased_late", 882.9)):
+        given = {**overrides, SS + "strategy": strategy}
+        loaded = load_sweep(write(tmp_path, overrides=given, early_stopping={"kind": "none"}))
+        assert ramp_end(loaded.sweep, loaded.base.config)[0] == pytest.approx(end, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["digits_everything", "digits_schedule", "fashion_mnist_rollout"])
+def test_no_trial_of_a_shipped_space_spends_more_until_its_ramp_ends(name):
+    loaded = load_sweep(f"tune_spaces/{name}.yaml")
+    most, _ = ramp_end(loaded.sweep, loaded.base.config)
+    generator = random.Random(7)
+    spent = []
+    while len(spent) < 30:
+        point = loaded.structure.random(generator)
+        if loaded.structure.broken(point) is None:
+            run = assign(loaded.base.raw, point)
+            end = run.rollout.start_step + run.rollout.ramp_steps
+            spent.append(sum(step_forecast(run, step).total for step in range(end)))
+    assert 0 < max(spent) <= most
 
 
 def test_several_objectives_are_pruned_by_rank_and_one_is_not(tmp_path):

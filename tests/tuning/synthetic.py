@@ -87,7 +87,7 @@ def synthetic_train(
                 "quality/q_high": q + 0.01,
                 "quality/q_epsilon_scaled": q - 0.005,
             },
-            compute={"forward_equivalents": spent, "seconds": 0.5},
+            compute={"forward_equivalents": spent, "seconds": 0.5, "wall_seconds": 0.25},
         )
         (run_dir / "result.json").write_text(json.dumps(result.as_json()))
         return result

@@ -103,10 +103,31 @@ def test_a_trial_that_failed_for_another_reason_is_no_evidence_about_its_setting
     assert proposals.study.trials[-1].state is TrialState.FAIL
 
 
-def test_a_first_trial_that_diverged_has_nothing_to_be_compared_with():
+def test_a_first_trial_that_diverged_is_told_as_soon_as_there_is_something_to_be_worse_than():
     proposals = Proposals(SPACE, SearchConfig())
-    proposals.tell(ended(1, proposals.ask(1), "failed", diverged=True, q=math.nan))
-    assert proposals.study.trials[-1].state is TrialState.FAIL
+    first = proposals.ask(1)
+    proposals.tell(ended(1, first, "failed", diverged=True, q=math.nan))
+    assert proposals.study.trials[0].state is TrialState.RUNNING
+    proposals.tell(ended(2, proposals.ask(2), q=0.2))
+    told = proposals.study.trials[0]
+    assert told.state is TrialState.COMPLETE
+    assert 0.2 < told.value < math.inf
+
+
+def test_memory_that_ran_out_is_told_like_a_divergence_also_after_a_resume():
+    proposals = Proposals(SPACE, SearchConfig())
+    past = [
+        ended(1, proposals.ask(1), "failed", out_of_memory=True),
+        ended(2, proposals.ask(2), q=0.2),
+        ended(3, proposals.ask(3), q=0.6),
+    ]
+    for record in past:
+        proposals.tell(record)
+    assert [trial.value for trial in proposals.study.trials[1:]] == [0.2, 0.6]
+    assert proposals.study.trials[0].value > 0.2
+    resumed = Proposals(SPACE, SearchConfig(), past=past)
+    values = sorted(trial.value for trial in resumed.study.trials)
+    assert values == pytest.approx([0.2, 0.6, 1.0])
 
 
 def test_an_earlier_session_is_replayed_and_its_draws_are_not_repeated():
