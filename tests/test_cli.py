@@ -374,7 +374,7 @@ def test_a_stdout_that_takes_nothing_ends_without_a_traceback(
 
 def test_work_goes_on_when_the_reader_of_its_lines_leaves() -> None:
     code = (
-        "from raysched.cli import _console; c = _console(False); c.print('one');"
+        "from raysched.sweep_commands import console; c = console(False); c.print('one');"
         "input(); [c.print(f'line {n}') for n in range(3)];"
         "import sys; print('done', file=sys.stderr)"
     )

@@ -27,6 +27,7 @@ from raysched.training.budget import (
 from raysched.training.costs import Costs
 from raysched.training.evaluate_step import probe_run, save_final
 from raysched.training.evaluations import Evaluations, Moment
+from raysched.training.events import note_event
 from raysched.training.files import write_json
 from raysched.training.heartbeat import Heartbeat
 from raysched.training.initial import pin_base
@@ -161,6 +162,8 @@ class Loop:
         checkpoint = self.keeper.restore()
         if checkpoint is not None:
             self.progress = Progress(**checkpoint.state["progress"])
+            if self.is_main:
+                note_event(self.run_dir, f"went on from step {self.run.step}")
         pending = [Moment(**moment) for moment in self.progress.pending]
         self.evaluations.restore(pending)
         if self.is_main:
