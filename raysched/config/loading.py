@@ -205,7 +205,14 @@ def assign(raw: Mapping[str, Any], assignments: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def baseline_config(raw: Mapping[str, Any]) -> RunConfig:
-    """The teacher-forced baseline of a base run: the same without rollouts."""
+def baseline_config(
+    raw: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The teacher-forced baseline of a base run: the same without rollouts.
+
+    Args:
+        raw: the base run as it was written.
+        settings: what a search changes beside the rollout; the baseline is tuned, too.
+    """
     off = {"scheduled_sampling.max_step_offset": 0, "exposure": "none"}
-    return assign(raw, {**off, "scheduled_sampling.reflexflow": "auto"})
+    return assign(raw, {**(settings or {}), **off, "scheduled_sampling.reflexflow": "auto"})

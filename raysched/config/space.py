@@ -65,12 +65,19 @@ class LoadedSweep:
         base: the base run with the sweep's and the command line's overrides.
         source: the space's file.
         warnings: one line each.
+        given: whether its trials are given rather than searched.
     """
 
     sweep: SweepConfig
     base: Loaded
     source: str
     warnings: list[str]
+    given: bool = False
+
+    @property
+    def tunes_baseline(self) -> bool:
+        """Whether something beside the method is searched, so that plain training is tuned."""
+        return not self.given and bool(self.structure.beside_the_method().space)
 
     @property
     def structure(self) -> Structure:

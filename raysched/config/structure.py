@@ -23,6 +23,11 @@ from raysched.config.run import RunConfig
 from raysched.config.sweep import Dimension, SweepConfig
 
 Settings = dict[str, Any]
+# What a trial does against exposure bias; plain training has none of it.
+METHOD = frozenset(
+    {"exposure", "scheduled_sampling", "input_perturbation", "mixflow", "dream"}
+    | {"self_correction", "defar"}
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,22 @@ class Structure:
                 given[key] if key in given else value_at(self.space[key], generator.random())
             )
         )
+
+    def beside_the_method(self) -> Structure:
+        """The part of the space that plain training has, too: optimizer, network, batch, …
+
+        Constraints between such settings stay; conditions on the method leave a setting out.
+        """
+        space: dict[str, Dimension] = {}
+        for key in self.order:
+            if key.partition(".")[0] not in METHOD and all(
+                name in space or (name not in self.space and name.partition(".")[0] not in METHOD)
+                for name in self.space[key].conditions
+            ):
+                space[key] = self.space[key]
+        left_out = self.space.keys() - space.keys()
+        constraints = tuple(c for c in self.constraints if not c.names & left_out)
+        return Structure(space, self.fixed, constraints)
 
 
 def structure_of(sweep: SweepConfig, base: RunConfig) -> Structure:

@@ -172,7 +172,7 @@ def _draw_ranking(
         axes.errorbar(
             _q(trial), row, xerr=_error_bar(trial), fmt=marker, color=colour, capsize=3, ms=7
         )
-    names = ["baseline" if trial.baseline else f"{trial.number:03d}" for trial in ranked]
+    names = [trial.name.removeprefix("000-") for trial in ranked]
     axes.set_yticks(range(len(ranked)), names)
     axes.set_ylim(max(len(ranked), 1) - 0.5, -0.5)
     axes.set_xlabel(label)
@@ -231,7 +231,7 @@ def _finish(axes: Axes, shown: Sequence[TrialRecord], budget: float, winner: int
     entries = {}
     for trial in shown:
         if trial.baseline:
-            name = "000 teacher forcing (baseline)"
+            name = "teacher forcing (baseline)"
         elif trial.number == winner:
             name = f"{trial.number:03d} winner: {settings_text(trial)}"
         else:

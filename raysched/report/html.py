@@ -12,18 +12,22 @@ from typing import Any
 from raysched.report.compared import ComparedRun, differing_keys, gather
 from raysched.report.figures import curves_figure, pareto_figure, save_figure
 from raysched.report.load import StoredSweep, load_stored_sweep
+from raysched.report.pick_part import pick_parts
 from raysched.report.sheets import sample_sheet
 from raysched.report.sweep_figures import (
     fidelity_figure,
     importance_figure,
+    objectives_figure,
     parallel_figure,
     survival_figure,
 )
 from raysched.report.table import write_csv
 from raysched.report.write import REPORT_FOLDER, with_samples
+from raysched.training.events import LOG_FILE
 from raysched.training.files import storage_errors
 from raysched.tuning.compare import final_samples, metric_name, run_folders
 from raysched.tuning.display import quality_text, settings_text, status_text
+from raysched.tuning.fixed_cost import fixed_cost_text
 from raysched.tuning.importance import MIN_TRIALS, importances
 from raysched.tuning.records import TrialRecord
 
@@ -129,6 +133,17 @@ def draw_pictures(stored: StoredSweep, out: Path, notes: list[str]) -> list[Pict
         "Left: every trial where it ended, with its bootstrap interval; the dashed line is the "
         "front. Right: those that spent the whole budget, the only ones that compare fairly.",
     )
+    front = result.pareto
+    if front is not None and front["front"]:
+        add(
+            "front",
+            "The front of the objectives",
+            objectives_figure(result.trials, front["front"], front["directions"]),
+            f"Filled: trials that no other one beats in everything. Hypervolume "
+            f"{front['hypervolume']:.4g}, of the baseline alone "
+            f"{front['hypervolume_baseline']:.4g}, from the corner "
+            f"{', '.join(f'{k} {v:.3g}' for k, v in front['reference'].items())}.",
+        )
     add(
         "curves",
         "Quality as compute is spent",
@@ -207,6 +222,7 @@ def render(stored: StoredSweep, pictures: Sequence[Picture], notes: Sequence[str
     parts = [
         f"<h1>{title}</h1>",
         f'<p class="verdict"><strong>Verdict.</strong> {escape(verdict)}</p>',
+        *pick_parts(result.folder),
         f"<p>{escape(_cost(stored))}</p>",
         "<h2>Trials</h2>",
         _table(stored),
@@ -233,15 +249,18 @@ def render(stored: StoredSweep, pictures: Sequence[Picture], notes: Sequence[str
 def _cost(stored: StoredSweep) -> str:
     result = stored.result
     seeds = len(stored.sweep.seeds)
-    spent = sum(trial.forward_equivalents for trial in result.trials) * seeds
+    # Further seeds are trained only of trials that were not stopped early.
+    spent = sum(t.forward_equivalents * (1 + len(t.further_curves)) for t in result.trials)
     full = result.budget * len(result.trials) * seeds
     hours = sum(trial.seconds for trial in result.trials) / 3600
     saved = f", {1 - spent / full:.0%} less than without early stopping" if full > spent else ""
     count = sum(not trial.baseline for trial in result.trials)
+    cost = result.fixed_cost
+    fixed = f" {fixed_cost_text(cost).capitalize()}." if cost else ""
     return (
         f"{count} candidates and the baseline, {seeds} seed{'s' if seeds > 1 else ''} each, "
         f"budget {result.budget:,.0f} FE. Spent: {spent:,.0f} FE{saved}; {hours:.2f} hours of "
-        "training."
+        f"training.{fixed}"
     )
 
 
@@ -260,11 +279,13 @@ def _table(stored: StoredSweep) -> str:
             f"<td>{escape(status_text(trial))}</td>",
             f"<td>{escape(settings_text(trial))}</td>",
             f"<td>{escape(trial.error or '')}</td>",
+            f"<td><code>trials/{escape(trial.name)}/{LOG_FILE}</code></td>",
         ]
         rows.append(f'<tr class="{kind}">{"".join(cells)}</tr>')
     head = (
         '<tr><th>trial</th><th class="n">q [interval]</th><th class="n">FE</th>'
-        '<th class="n">seconds</th><th>status</th><th>settings</th><th>reason</th></tr>'
+        '<th class="n">seconds</th><th>status</th><th>settings</th><th>reason</th>'
+        "<th>log</th></tr>"
     )
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
 

@@ -13,6 +13,7 @@ from raysched.config.loading import load
 from raysched.config.run import RunConfig
 from raysched.config.sweep import SweepConfig
 from raysched.errors import StorageError, UserError
+from raysched.tuning.fixed_cost import fixed_cost
 from raysched.tuning.folder import BASE_FILE, SWEEP_FILE
 from raysched.tuning.journal import JOURNAL_FILE, apply_event, read_events
 from raysched.tuning.records import SweepResult, TrialRecord, Verdict
@@ -99,4 +100,6 @@ def _result(
         files=stored.get("files", {}),
         error=stored.get("error"),
         budget=float(budget),
+        pareto=stored.get("pareto"),
+        fixed_cost=fixed_cost(trials),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from raysched.report.compare_figures import draw_parallel, shades_by_quality
@@ -68,13 +69,45 @@ def fidelity_figure(runs: Sequence[ComparedRun], *, winner: str | None) -> Figur
             x = run.metrics.get(f"quality/{diversity}", math.nan)
             y = run.metrics.get(f"quality/{fidelity}", math.nan)
             if math.isfinite(x) and math.isfinite(y):
-                baseline = run.name.startswith("000")
+                baseline = run.name.endswith("-baseline")
                 colour = BASELINE if baseline else WINNER if run.name == winner else OTHER
                 axes.plot(x, y, "s" if baseline else "o", color=colour, ms=8 if baseline else 6)
                 axes.annotate(run.name, (x, y), xytext=(5, 4), textcoords="offset points", size=8)
         axes.set_xlabel(f"{diversity} (diversity, higher is better)")
         axes.set_ylabel(f"{fidelity} (fidelity, higher is better)")
         axes.margins(0.15)
+    return figure
+
+
+def objectives_figure(
+    trials: Sequence[TrialRecord], front: Sequence[int], directions: Mapping[str, str]
+) -> Figure:
+    """The trials in the plane of every two objectives, those that no other one beats in black.
+
+    Args:
+        trials: all trials; those with all objectives are drawn.
+        front: numbers of the non-dominated ones.
+        directions: objective -> min or max.
+    """
+    pairs = list(itertools.combinations(directions, 2))
+    figure, panels = _figure(min(4.8 * len(pairs), 14.4), 4.4, len(pairs))
+    shown = [t for t in trials if directions.keys() <= t.objectives.keys()]
+    for axes, (across, up) in zip(panels, pairs, strict=True):
+        for trial in shown:
+            x, y = trial.objectives[across], trial.objectives[up]
+            on_front = trial.number in front
+            axes.plot(
+                x, y, "s" if trial.baseline else "o",
+                color=BASELINE if trial.baseline else "black" if on_front else OTHER,
+                markerfacecolor=None if on_front else "white", ms=8 if trial.baseline else 6,
+            )  # fmt: skip
+            axes.annotate(
+                f"{trial.number:03d}", (x, y), xytext=(6, 3), textcoords="offset points", size=8
+            )
+        for name, set_label in ((across, axes.set_xlabel), (up, axes.set_ylabel)):
+            better = "lower" if directions[name] == "min" else "higher"
+            set_label(f"{name} ({better} is better)")
+        axes.margins(0.12)
     return figure
 
 

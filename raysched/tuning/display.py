@@ -232,7 +232,10 @@ def settings_cell(record: TrialRecord, key: str) -> str:
 def settings_text(record: TrialRecord) -> str:
     """The settings in short: the last parts of the dotted keys with their values."""
     if record.baseline:
-        return "teacher forcing"
+        tuned = ", ".join(
+            f"{k.rsplit('.', 1)[-1]}={value_text(v)}" for k, v in record.assignments.items()
+        )
+        return f"teacher forcing ({tuned})" if tuned else "teacher forcing"
     pairs = used_settings(record).items()
     return ", ".join(f"{key.rsplit('.', 1)[-1]}={value_text(value)}" for key, value in pairs)
 

@@ -8,7 +8,7 @@ from typing import Any
 from raysched.tuning.journal import Journal
 from raysched.tuning.objectives import Objectives
 from raysched.tuning.pareto import hypervolume, non_dominated
-from raysched.tuning.records import TrialRecord
+from raysched.tuning.records import TrialRecord, the_baseline
 
 # Of the range of each objective, so that the worst trials still add to the volume.
 MARGIN = 0.1
@@ -17,7 +17,8 @@ MARGIN = 0.1
 def measure_trials(journal: Journal, objectives: Objectives) -> None:
     """Journal the objectives of every trial that has them; gains wait for the baseline."""
     records = journal.ordered()
-    baseline = next((r for r in records if r.baseline and r.status == "finished"), None)
+    forced = the_baseline(records)
+    baseline = forced if forced is not None and forced.status == "finished" else None
     for record in records:
         found = objectives.measured(record, baseline)
         values = {name: measured.value for name, measured in found.items()}

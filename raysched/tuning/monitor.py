@@ -11,7 +11,6 @@ from ray.tune import Callback
 from raysched.training.files import storage_errors
 from raysched.training.out_of_memory import KILLER_WORDS
 from raysched.tuning.journal import Journal
-from raysched.tuning.proposals import Proposals
 from raysched.tuning.records import (
     FORWARD_EQUIVALENTS,
     FURTHER_CURVES,
@@ -32,7 +31,7 @@ class Monitor(Callback):  # type: ignore[misc]
 
     Args:
         journal: the sweep's journal.
-        proposals: told how a trial ended.
+        tell: the sampler, told how a trial ended.
         show: called with a record after each event.
         close_run: ends a trial's run in the tracking store.
         measure: journals the objectives of trials that reached the budget.
@@ -44,7 +43,7 @@ class Monitor(Callback):  # type: ignore[misc]
     def __init__(
         self,
         journal: Journal,
-        proposals: Proposals,
+        tell: Callable[[TrialRecord], None],
         *,
         show: Callable[[str, TrialRecord], None],
         close_run: Callable[[TrialRecord], None] = lambda _: None,
@@ -54,7 +53,7 @@ class Monitor(Callback):  # type: ignore[misc]
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._journal = journal
-        self._proposals = proposals
+        self._tell = tell
         self._show = show
         self._close_run = close_run
         self._measure = measure
@@ -132,7 +131,7 @@ class Monitor(Callback):  # type: ignore[misc]
         )
         if record.ended:
             self._measure()
-            self._proposals.tell(record)
+            self._tell(record)
             self._close_run(record)
         self._show("ended", record)
         self._check()

@@ -21,7 +21,7 @@ from raysched.config.sweep import EarlyStoppingConfig, SearchConfig, SweepConfig
 from raysched.errors import StorageError
 from raysched.tuning.folder import BASE_FILE, SWEEP_FILE
 from raysched.tuning.journal import JOURNAL_FILE, apply_event, read_events
-from raysched.tuning.records import TrialRecord
+from raysched.tuning.records import TrialRecord, the_baseline
 from raysched.tuning.verdict import eligible
 
 PICK_FOLDER = "pick"
@@ -67,7 +67,7 @@ def plan_pick(folder: Path, *, top: int, num_seeds: int) -> PickPlan:
     for event in read_events(folder / JOURNAL_FILE):
         apply_event(records, event)
     candidates = [r for r in eligible(list(records.values())) if not r.baseline]
-    baseline = records.get(0)
+    baseline = the_baseline(records.values())
     if baseline is None or not candidates:
         raise StorageError(
             f"{folder}: no candidate of this sweep has reached its budget, so there is nothing to "
@@ -89,7 +89,9 @@ def plan_pick(folder: Path, *, top: int, num_seeds: int) -> PickPlan:
         "early_stopping": EarlyStoppingConfig(kind="none"),
         "output_dir": str(folder / PICK_FOLDER),
     }
-    loaded = LoadedSweep(sweep.model_copy(update=update), base, str(folder / SWEEP_FILE), [])
+    loaded = LoadedSweep(
+        sweep.model_copy(update=update), base, str(folder / SWEEP_FILE), [], given=True
+    )
     runs = tuple(
         TrialRecord(r.number, baseline=r.baseline, assignments=r.assignments) for r in chosen
     )

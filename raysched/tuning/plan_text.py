@@ -29,7 +29,9 @@ def print_sweep_plan(plan: SweepPlan, console: Console) -> None:
 
 def _rows(plan: SweepPlan) -> Iterator[tuple[str, str]]:
     seeds = f", {plan.num_seeds} seeds each" if plan.num_seeds > 1 else ""
-    yield "trials", f"{plan.num_trials} and the baseline{seeds}; {plan.concurrent} at once"
+    many = plan.num_baselines > 1
+    forced = f"{plan.num_baselines} teacher-forced ones" if many else "the baseline"
+    yield "trials", f"{plan.num_trials} and {forced}{seeds}; {plan.concurrent} at once"
     yield "forward equivalents", _range(plan.forward_equivalents, "{:,.0f}")
     yield "  of a whole training", f"{plan.budget_forward_equivalents:,.0f}"
     yield "hours", _range(plan.hours, "{:.3g}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,6 +150,16 @@ class TrialRecord:
         return {"number": self.number, "name": self.name, **out, **numbers}
 
 
+def the_baseline(trials: Iterable[TrialRecord]) -> TrialRecord | None:
+    """The teacher-forced trial that the others are compared with: the best that has finished.
+
+    Trial 0 wins a tie, and stands for all before one has finished.
+    """
+    forced = [trial for trial in trials if trial.baseline]
+    done = [t for t in forced if t.status == "finished" and t.q is not None and isfinite(t.q)]
+    return min(done or forced, key=lambda t: (t.q if done else 0.0, t.number), default=None)
+
+
 def further_metrics(reported: Mapping[str, Any]) -> dict[str, float]:
     """What an evaluation reported beside q, named without `quality/`."""
     return {
@@ -226,8 +237,8 @@ class SweepResult:
 
     @property
     def baseline(self) -> TrialRecord | None:
-        """The teacher-forced trial."""
-        return next((trial for trial in self.trials if trial.baseline), None)
+        """The teacher-forced trial; of several, where it is tuned, the best."""
+        return the_baseline(self.trials)
 
     @property
     def exit_code(self) -> int:

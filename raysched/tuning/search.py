@@ -35,9 +35,11 @@ def remaining_trials(loaded: LoadedSweep, journal: Journal) -> int:
     """How many trials a session has to run at most."""
     records = journal.records.values()
     unfinished = sum(not record.ended for record in records)
-    candidates = sum(not record.baseline for record in records)
-    new = max(0, loaded.sweep.search.num_samples - candidates)
-    return unfinished + new + (0 not in journal.records)
+    baselines = sum(record.baseline for record in records)
+    wanted = loaded.sweep.search.num_samples
+    new = max(0, wanted - (len(records) - baselines))
+    missing = max(0, (wanted if loaded.tunes_baseline else 1) - baselines)
+    return unfinished + new + missing
 
 
 def hopeless(journal: Journal, objectives: Objectives) -> str | None:
@@ -131,6 +133,7 @@ def search(
         journal,
         folder=plan.folder / "trials",
         structure=loaded.structure,
+        shared=loaded.structure.beside_the_method() if loaded.tunes_baseline else None,
         objectives=objectives,
         allowed=functools.partial(_allowed, plan),
         open_run=functools.partial(store.open_run, plan=plan) if store else lambda _: "",
@@ -139,7 +142,7 @@ def search(
     with Progress(console, budget=plan.budget, records=journal.ordered) as progress:
         monitor = Monitor(
             journal,
-            searcher.proposals,
+            searcher.tell,
             show=progress.show,
             close_run=store.close_run if store else lambda _: None,
             measure=functools.partial(measure_trials, journal, objectives),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray.tune.search import Searcher
 
 from raysched.config.structure import Structure
-from raysched.config.sweep import SweepConfig
+from raysched.config.sweep import SearchConfig, SweepConfig
 from raysched.tuning.journal import Journal
 from raysched.tuning.objectives import Objectives
 from raysched.tuning.proposals import Proposals, quality_loss
@@ -20,8 +21,10 @@ from raysched.tuning.records import OBJECTIVE, TrialRecord, trial_name
 class TrialSearcher(Searcher):  # type: ignore[misc]
     """Suggests `{"trial_number", "baseline", "assignments", "tracking_id"}` and journals it.
 
-    The baseline is trial 0 and no point of the space, so the sampler never hears of it. How a
-    trial ended is told by `raysched.tuning.monitor`, which sees errors too.
+    The baseline is trial 0 and no point of the space, so the sampler never hears of it. Where the
+    space holds settings that plain training has, too, as many teacher-forced trials as candidates
+    are searched over those, by a sampler of their own, in turn with the candidates. How a trial
+    ended is told by `raysched.tuning.monitor`, which sees errors too.
 
     Args:
         sweep: the sweep's config.
@@ -29,6 +32,7 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
             except for trials that had not ended, which come first.
         folder: the folder of the trials' folders.
         structure: which settings go together; default: all.
+        shared: the settings that plain training is tuned over; None: it is not.
         objectives: what a trial is worth; default: its q.
         allowed: whether the run model accepts the settings.
         open_run: opens a trial's run in the tracking store and returns its id.
@@ -42,6 +46,7 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         *,
         folder: Path,
         structure: Structure | None = None,
+        shared: Structure | None = None,
         objectives: Objectives | None = None,
         allowed: Callable[[dict[str, Any]], bool] = lambda _: True,
         open_run: Callable[[TrialRecord], str] = lambda _: "",
@@ -57,6 +62,18 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
             allowed=allowed,
             past=past,
         )
+        self._shared = shared
+        if shared is not None:
+            # Teacher forcing is pruned by nobody and judged by the same numbers.
+            plain = sweep.search.model_copy(update={"points": _points(sweep.search, shared)})
+            forced = [replace(r, baseline=False) for r in past if r.baseline and r.number]
+            self.forced = Proposals(
+                shared,
+                plain,
+                losses=objectives.losses if objectives else quality_loss,
+                num_losses=len(objectives.each) if objectives else 1,
+                past=forced,
+            )
         self._journal = journal
         self._folder = folder
         self._num_samples = sweep.search.num_samples
@@ -67,6 +84,8 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         for record in self._unfinished:
             if not record.baseline:
                 self.proposals.ask_again(record)
+            elif record.number and shared is not None:
+                self.forced.ask_again(record)
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune pickles what it was given; its snapshots are never read, the journal is.
@@ -114,15 +133,29 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
     def _next(self) -> TrialRecord | None:
         if self._unfinished:
             return self._unfinished.pop(0)
-        if 0 not in self._journal.records:
+        records = self._journal.records
+        baselines = sum(record.baseline for record in records.values())
+        if not baselines:
             return self._suggested(TrialRecord(0, baseline=True))
-        number = max(self._journal.records) + 1
-        if number > self._num_samples:
+        number, candidates = max(records) + 1, len(records) - baselines
+        if self._shared is not None and baselines < min(candidates + 1, self._num_samples):
+            assignments = self.forced.ask(number)
+            # A small space of its own may be used up sooner.
+            if assignments is not None:
+                return self._suggested(TrialRecord(number, True, assignments))
+        if candidates >= self._num_samples:
             return None
         assignments = self.proposals.ask(number)
         if assignments is None:
             return None
         return self._suggested(TrialRecord(number, assignments=assignments))
+
+    def tell(self, record: TrialRecord) -> None:
+        """Tell the sampler that proposed a trial how it ended; trial 0 was proposed by none."""
+        if not record.baseline:
+            self.proposals.tell(record)
+        elif record.number and self._shared is not None:
+            self.forced.tell(record)
 
     def _suggested(self, record: TrialRecord) -> TrialRecord:
         record.run_dir = str(self._folder / trial_name(record.number, baseline=record.baseline))
@@ -134,3 +167,9 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
             run_dir=record.run_dir,
             tracking_id=self._open_run(record),
         )
+
+
+def _points(search: SearchConfig, shared: Structure) -> tuple[dict[str, Any], ...]:
+    """The user's first points, as far as plain training has their settings."""
+    cut = [{k: v for k, v in point.items() if k in shared.space} for point in search.points]
+    return tuple(point for n, point in enumerate(cut) if point and point not in cut[:n])

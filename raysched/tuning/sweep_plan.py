@@ -50,6 +50,7 @@ class SweepPlan:
 
     Attributes:
         num_trials: candidates.
+        num_baselines: teacher-forced trials; as many where they are tuned, too.
         num_seeds: trainings per trial that is not stopped early.
         concurrent: trials at once on this machine.
         budget_forward_equivalents: F.
@@ -72,6 +73,7 @@ class SweepPlan:
     """
 
     num_trials: int
+    num_baselines: int
     num_seeds: int
     concurrent: int
     budget_forward_equivalents: float
@@ -140,7 +142,8 @@ def plan_sweep(
         evaluations=_num_evaluations(loaded),
         concurrent=concurrent,
     )
-    trainings = _trainings(saving, search.num_samples, len(loaded.sweep.seeds))
+    num_baselines = search.num_samples if loaded.tunes_baseline else 1
+    trainings = _trainings(saving, search.num_samples, num_baselines, len(loaded.sweep.seeds))
     seconds = _trial_seconds(measured)
     hours = _hours(trainings, seconds, loaded, concurrent)
     plans = [measured.baseline, *measured.corners.values()]
@@ -148,6 +151,7 @@ def plan_sweep(
     kept = max(p.disk_bytes + p.pipeline_bytes for p in plans)
     return SweepPlan(
         num_trials=search.num_samples,
+        num_baselines=num_baselines,
         num_seeds=len(loaded.sweep.seeds),
         concurrent=concurrent,
         budget_forward_equivalents=budget,
@@ -157,7 +161,7 @@ def plan_sweep(
         peak_memory_bytes=concurrent
         * max(config.scaling.num_workers, 1)
         * max(p.peak_memory_bytes for p in plans),
-        disk_bytes=int(kept * (search.num_samples + 1) * len(loaded.sweep.seeds)),
+        disk_bytes=int(kept * (search.num_samples + num_baselines) * len(loaded.sweep.seeds)),
         money=_money(hours, price_per_hour),
         early_stopping_share=Range(saving.low, saving.mean, saving.high),
         expected_survivors=saving.survivors * search.num_samples,
@@ -218,13 +222,16 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
-def _trainings(saving: Saving, num_trials: int, num_seeds: int) -> tuple[float, float, float]:
-    """Whole trainings' worth: the baseline on all seeds, further seeds of survivors only."""
+def _trainings(
+    saving: Saving, num_trials: int, num_baselines: int, num_seeds: int
+) -> tuple[float, float, float]:
+    """Whole trainings' worth: baselines on all seeds, further seeds of survivors only."""
     further = (num_seeds - 1) * saving.survivors
+    plain = num_seeds * num_baselines
     return (
-        num_seeds + num_trials * (saving.low + further),
-        num_seeds + num_trials * (saving.mean + further),
-        num_seeds + num_trials * (saving.high + further),
+        plain + num_trials * (saving.low + further),
+        plain + num_trials * (saving.mean + further),
+        plain + num_trials * (saving.high + further),
     )
 
 
@@ -240,7 +247,8 @@ def _hours(
 ) -> Range:
     nested = loaded.base.config.scaling.num_workers > 0
     fixed = FIXED_SECONDS["nested" if nested else "in process"]
-    begun = (loaded.sweep.search.num_samples + 1) * fixed
+    num = loaded.sweep.search.num_samples
+    begun = (num + (num if loaded.tunes_baseline else 1)) * fixed
     low, mean, high = trainings
     pairs = ((low, seconds.low), (mean, seconds.expected), (high, seconds.high))
     # The last trials don't fill all places; one training can't be shared out.

@@ -106,7 +106,7 @@ class TrialPlan:
         if trial["trial_number"] in self.written:
             changed = self.written[trial["trial_number"]]
         elif trial["baseline"]:
-            changed = baseline_config(self.raw)
+            changed = baseline_config(self.raw, trial.get("assignments"))
         else:
             changed = assign(self.raw, trial["assignments"])
         changed = anchored(changed, self.root)
@@ -150,7 +150,8 @@ def run_trial(trial: dict[str, Any], plan: TrialPlan) -> None:
 
 def describe(trial: Mapping[str, Any]) -> str:
     """A trial's settings for its log."""
-    return "baseline" if trial["baseline"] else json.dumps(trial["assignments"])
+    settings = json.dumps(trial["assignments"])
+    return f"baseline {settings}" if trial["baseline"] else settings
 
 
 def train_trial(trial: Mapping[str, Any], plan: TrialPlan, report: TrialReport) -> dict[str, Any]:
