@@ -133,17 +133,7 @@ def draw_pictures(stored: StoredSweep, out: Path, notes: list[str]) -> list[Pict
         "Left: every trial where it ended, with its bootstrap interval; the dashed line is the "
         "front. Right: those that spent the whole budget, the only ones that compare fairly.",
     )
-    front = result.pareto
-    if front is not None and front["front"]:
-        add(
-            "front",
-            "The front of the objectives",
-            objectives_figure(result.trials, front["front"], front["directions"]),
-            f"Filled: trials that no other one beats in everything. Hypervolume "
-            f"{front['hypervolume']:.4g}, of the baseline alone "
-            f"{front['hypervolume_baseline']:.4g}, from the corner "
-            f"{', '.join(f'{k} {v:.3g}' for k, v in front['reference'].items())}.",
-        )
+    _add_front(stored, add)
     add(
         "curves",
         "Quality as compute is spent",
@@ -171,6 +161,20 @@ def draw_pictures(stored: StoredSweep, out: Path, notes: list[str]) -> list[Pict
     )
     _add_samples(stored, out, notes, pictures)
     return pictures
+
+
+def _add_front(stored: StoredSweep, add: Any) -> None:
+    result, front = stored.result, stored.result.pareto
+    if front is not None and front["front"]:
+        add(
+            "front",
+            "The front of the objectives",
+            objectives_figure(result.trials, front["front"], front["directions"]),
+            f"Filled: trials that no other one beats in everything. Hypervolume "
+            f"{front['hypervolume']:.4g}, of the baseline alone "
+            f"{front['hypervolume_baseline']:.4g}, from the corner "
+            f"{', '.join(f'{k} {v:.3g}' for k, v in front['reference'].items())}.",
+        )
 
 
 def _searched(stored: StoredSweep, runs: Sequence[ComparedRun]) -> list[str]:
