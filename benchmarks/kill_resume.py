@@ -3,8 +3,10 @@
 For each number of workers (0: the loop without Ray) one straight run, then as many killed ones,
 each a run of its own that SIGKILL ends at a random moment and `--resume` takes up. All logged
 points and the weights must be equal, bit for bit. Aim: 20 of 20, with one and with two workers.
+A kill's moment depends on its number and the seed alone, so the twenty can be had in portions.
 
-    OMP_NUM_THREADS=1 python benchmarks/kill_resume.py --kills 20 --workers 0 1 2 --json
+    OMP_NUM_THREADS=1 python benchmarks/kill_resume.py --kills 20 --workers 1 2 --json
+    OMP_NUM_THREADS=1 python benchmarks/kill_resume.py --first 11 --kills 10 --workers 1 --json
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             seed=options.seed + workers,
             out=None,
             say=functools.partial(print, file=sys.stderr, flush=True),
+            first=options.first,
         )
         told = verdict.as_json()
         kills = told.pop("all_kills")
@@ -68,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object only")
     parser.add_argument("--kills", type=int, default=20, help="per number of workers")
+    parser.add_argument("--first", type=int, default=1, help="number of the first kill")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of a run")
     parser.add_argument("--seed", type=int, default=0, help="of the kills' moments")

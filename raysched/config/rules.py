@@ -182,19 +182,13 @@ def _fp16(c: RunConfig) -> str | None:
 def _equal_forwards(c: RunConfig) -> str | None:
     if c.scaling.strategy != "fsdp" or c.scaling.num_workers < 2:
         return None
-    s = c.scheduled_sampling
-    rolling = c.exposure == "scheduled_sampling"
-    why = {
-        "exposure: self_correction": c.exposure == "self_correction",
-        "exposure: defar": c.exposure == "defar",
-        "scheduled_sampling.jump_gradient: true": rolling and s.jump_gradient,
-        "scheduled_sampling.policy: ema": rolling and s.policy == "ema",
-        "scheduled_sampling.reuse": rolling and s.reuse != "last",
-    }
-    broken = [name for name, holds in why.items() if holds]
-    if not broken:
+    if c.exposure not in ("scheduled_sampling", "defar") or not c.rollout.jump_gradient:
         return None
-    return f"must be ddp with {broken[0]}: fsdp needs equal forwards of one network on all workers"
+    where = "defar" if c.exposure == "defar" else "scheduled_sampling"
+    return (
+        f"must be ddp with {where}.jump_gradient: fsdp needs equal forwards with gradient on all "
+        "workers, and only those whose samples jump make one"
+    )
 
 
 def _compiled(c: RunConfig) -> str | None:
@@ -254,7 +248,9 @@ ERRORS: tuple[Rule, ...] = (
         (
             "scaling.num_workers",
             "exposure",
-            *(SS + f for f in ("jump_gradient", "policy", "reuse")),
+            SS + "jump_gradient",
+            SS + "grid",
+            "defar.jump_gradient",
         ),
         _equal_forwards,
     ),

@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 
 def verify_resume(
-    config: RunConfig, *, kills: int, seed: int, out: Path | None, say: Say
+    config: RunConfig, *, kills: int, seed: int, out: Path | None, say: Say, first: int = 1
 ) -> Verdict:
     """Train once, then kill and resume as often as asked, each time a run of its own.
 
@@ -42,6 +42,7 @@ def verify_resume(
         out: folder for the runs, which stay there; default: a temporary one, which stays only
             where a difference was found.
         say: called with a line for every stage.
+        first: number of the first kill: a long proof may be made in portions.
 
     Raises:
         ConfigError: the run's end depends on the clock.
@@ -58,10 +59,11 @@ def verify_resume(
         straight = runs.straight()
         say(f"straight run: {straight.compute['steps']:.0f} steps, {straight.weights_sha256[:12]}")
         found = []
-        for number in range(1, kills + 1):
+        last = first + kills - 1
+        for number in range(first, last + 1):
             kill = runs.kill(number, random.Random(f"{seed}/{number}"))  # noqa: S311
             found.append(kill)
-            say(_line(number, kills, kill))
+            say(_line(number, last, kill))
         verdict = Verdict(tuple(found), straight.weights_sha256, str(folder), 0.0)
         keep = keep or not verdict.holds
     except RunFailedError:

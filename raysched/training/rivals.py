@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from raysched.diffusion.curriculum import RolloutPlan
 from raysched.diffusion.parameterization import (
     ANCHOR_SIGMA_FLOOR,
     add_noise,
@@ -70,7 +71,7 @@ def dream(run: Run, batch: Batch) -> TrainingInputs:
     alpha, sigma = run.schedule.alpha_sigma(batch.plan.target_u)
     everyone = torch.arange(len(batch.x0))
     with run.meter.timed("rollout"):
-        _, eps_pred = _estimate(run, batch, plain.sample, plain.u, everyone)
+        _, eps_pred = _estimate(run, batch, plain.sample, plain.u, everyone, len(everyone))
         share = broadcast(sigma**run.config.dream.power, eps_pred)
         eps = batch.eps + share * (batch.eps - eps_pred)
         sample = add_noise(batch.x0, eps, alpha, sigma)
@@ -98,13 +99,14 @@ def self_correction(run: Run, batch: Batch) -> TrainingInputs:
     """
     plain, plan = teacher_forced(run, batch), batch.plan
     alpha, sigma = run.schedule.alpha_sigma(plan.target_u)
-    corrected = plan.rolled & (sigma >= ANCHOR_SIGMA_FLOOR)
+    corrected = _corrected(run, plan)
     chosen = torch.nonzero(corrected)[:, 0]
-    if not len(chosen):
+    most = max(int(_corrected(run, of_rank).sum()) for of_rank in batch.plans)
+    if not most:
         return plain
     with run.meter.timed("rollout"):
         x_source = add_noise(batch.x0, batch.eps, *run.schedule.alpha_sigma(plan.source_u))
-        x0_pred, _ = _estimate(run, batch, x_source, plan.source_u, chosen)
+        x0_pred, _ = _estimate(run, batch, x_source, plan.source_u, chosen, most)
         fresh = run.config.self_correction.noise == "fresh"
         noise = (_noise(run, batch, "self_correction") if fresh else batch.eps)[chosen]
         x_hat = add_noise(x0_pred.clamp(-1, 1), noise, alpha[chosen], sigma[chosen])
@@ -131,6 +133,12 @@ def self_correction(run: Run, batch: Batch) -> TrainingInputs:
     )
 
 
+def _corrected(run: Run, plan: RolloutPlan) -> Tensor:
+    """(b,) bool: the samples that self-correction changes."""
+    _, sigma = run.schedule.alpha_sigma(plan.target_u)
+    return plan.rolled & (sigma >= ANCHOR_SIGMA_FLOOR)
+
+
 def defar(run: Run, batch: Batch) -> TrainingInputs:
     """DEFAR (Huang et al. 2026, arXiv 2606.28226): train on one's own jump of random length.
 
@@ -146,11 +154,14 @@ def defar(run: Run, batch: Batch) -> TrainingInputs:
 
 
 def _estimate(
-    run: Run, batch: Batch, x: Tensor, u: Tensor, chosen: Tensor
+    run: Run, batch: Batch, x: Tensor, u: Tensor, chosen: Tensor, most: int
 ) -> tuple[Tensor, Tensor]:
-    """x0 and eps that the current weights see in chosen rows of x at u, without gradient."""
+    """x0 and eps that the current weights see in chosen rows of x at u, without gradient.
+
+    `most` is the number of rows of the rank that chooses most: all make as many calls.
+    """
     with torch.no_grad():
-        parts = [_implied(run, batch, x, u, part) for part in _micro_batches(run, chosen)]
+        parts = [_implied(run, batch, x, u, part) for part in _micro_batches(run, chosen, most)]
     return torch.cat([x0 for x0, _ in parts]), torch.cat([eps for _, eps in parts])
 
 
@@ -165,14 +176,19 @@ def _implied(
 def _predict(run: Run, batch: Batch, x: Tensor, u: Tensor, chosen: Tensor) -> Tensor:
     """The current weights' prediction in eval mode for chosen rows of x, which lie at u."""
     run.policy.eval()
-    timestep = run.schedule.model_time(u[chosen]).to(x)
-    return run.predict(x[chosen], timestep, batch.labels[chosen])
+    # A call that only keeps the ranks in step is made with any row.
+    asked = chosen if len(chosen) else torch.zeros(1, dtype=torch.int64)
+    timestep = run.schedule.model_time(u[asked]).to(x)
+    return run.predict(x[asked], timestep, batch.labels[asked])[: len(chosen)]
 
 
-def _micro_batches(run: Run, chosen: Tensor) -> list[Tensor]:
-    """Chosen rows in parts no larger than a micro-batch, the memory that training needs anyway."""
+def _micro_batches(run: Run, chosen: Tensor, most: int) -> list[Tensor]:
+    """Chosen rows in parts no larger than a micro-batch, the memory that training needs anyway.
+
+    As many parts as `most` rows make; those at the end may be empty.
+    """
     size = micro_batch_size(run)
-    return [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    return [chosen[start : start + size] for start in range(0, most, size)]
 
 
 def _noise(run: Run, batch: Batch, purpose: str) -> Tensor:

@@ -95,6 +95,8 @@ def _made(
         seed = generator(run.config.seed, "rollout_dropout", batch.step, run.rank).initial_seed()
         torch.manual_seed(seed)
     run.policy.train(settings.dropout)
+    if settings.policy == "ema":
+        run.follow_average()
     # Around all calls: the weights' casts to the run's precision are kept from call to call.
     with run.accelerator.autocast():
         result = rollout(

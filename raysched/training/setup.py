@@ -18,6 +18,7 @@ from raysched.diffusion.schedules import NoiseSchedule
 from raysched.errors import ConfigError
 from raysched.models.ema import EMA
 from raysched.models.networks import Denoiser, build_network
+from raysched.models.sharding import local
 from raysched.models.tracing import TracedForward, trace_forward
 from raysched.training.budget import fraction_spent
 from raysched.training.compiling import compile_network
@@ -90,7 +91,9 @@ class Run:
 
     @functools.cached_property
     def average(self) -> Denoiser:
-        """A second network whose weights are the EMA's own tensors, so that it follows them."""
+        """A second network with the EMA's weights; `follow_average` brings it up to them."""
+        if wants_shards(self.config):
+            return self._sharded_twin()
         twin = copy.deepcopy(self.policy).requires_grad_(False)
         weights = self.ema.weights()
         for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
@@ -98,6 +101,27 @@ class Run:
         if self.config.training.compile:
             compile_network(twin, self.device)  # a copy has lost its compiled code
         return twin
+
+    def _sharded_twin(self) -> Denoiser:
+        data = self.dataset
+        twin = build_network(
+            self.config.model, data.channels, data.image_size, data.num_classes, self.config.seed
+        )
+        twin.to(self.device).requires_grad_(False)
+        shard(twin, self.device, keep_whole=False)
+        return twin
+
+    @torch.no_grad()
+    def follow_average(self) -> None:
+        """Give the second network the EMA's present weights.
+
+        Replicated, its tensors are the EMA's own. Sharded, each rank copies its rows.
+        """
+        if not wants_shards(self.config):
+            return
+        weights = self.ema.weights()
+        for name, tensor in self.average.state_dict().items():
+            local(tensor).copy_(weights[name])
 
     def predict(
         self,

@@ -29,16 +29,21 @@ def wants_shards(config: RunConfig) -> bool:
     return several and config.scaling.strategy == "fsdp"
 
 
-def shard(network: Denoiser, device: torch.device) -> None:
+def shard(network: Denoiser, device: torch.device, *, keep_whole: bool = True) -> None:
     """Spread the weights over all ranks, in place (FSDP2): block by block, the rest as one.
 
     Every rank has built the same weights and keeps its rows of them. The blocks gather their
     weights when they are called and let go of them afterwards.
+
+    Args:
+        network: its weights become each rank's rows.
+        device: where it lives.
+        keep_whole: what is in no block stays gathered until the next backward.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in _blocks(network.backbone):
         fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    fully_shard(network, mesh=mesh, reshard_after_forward=None if keep_whole else True)
 
 
 def _blocks(backbone: nn.Module) -> list[nn.Module]:

@@ -86,23 +86,38 @@ def train_step(run: Run, step: int) -> StepResult:
     # DDP averages over the ranks; what is wanted is the mean over all rows, wherever they are.
     rows_of_ranks = inputs.rows_per_rank or (len(batch.x0),) * run.world_size
     rows_per_rank = sum(rows_of_ranks) / run.world_size
-    num_rows = len(inputs.sample)
-    parts = max(run.config.training.gradient_accumulation, -(-num_rows // micro_batch_size(run)))
-    micro_batches = torch.arange(num_rows).tensor_split(parts)
-    for number, rows in enumerate(micro_batches, start=1):
-        last = number == len(micro_batches)
-        sync = gradient_sync(run.network, run.accelerator, last=last)
+    parts = micro_batches(run, len(inputs.sample), max(rows_of_ranks))
+    for number, rows in enumerate(parts, start=1):
+        sync = gradient_sync(run.network, run.accelerator, last=number == len(parts))
         with sync, run.meter.timed("training"):
             with run.meter.timed("forward"):
-                loss = sample_losses(run, inputs, rows)
+                # Any row will do where only another rank has some left; it adds nothing.
+                loss = sample_losses(run, inputs, rows if len(rows) else torch.zeros(1).long())
+                loss = loss if len(rows) else 0.0 * loss
             with run.meter.timed("backward"):
                 run.accelerator.backward(loss.sum() / rows_per_rank)
-            losses.append(loss.detach())
+            losses.append(loss.detach()[: len(rows)])
     per_sample = torch.cat(losses)
     with run.meter.timed("training"), run.meter.timed("optimizer"):
         grad_norm = _apply_gradient(run, per_sample)
     run.meter.gradient(sum(rows_of_ranks))
     return _result(run, batch, inputs, per_sample, grad_norm)
+
+
+def micro_batches(run: Run, num_rows: int, most_rows: int) -> tuple[Tensor, ...]:
+    """Split this rank's rows into as many micro-batches as every other rank makes.
+
+    Args:
+        run: this rank's run.
+        num_rows: rows of this rank.
+        most_rows: rows of the rank that has most.
+
+    Returns:
+        (m,) rows each; empty at the end where there are fewer rows than micro-batches.
+    """
+    least = run.config.training.gradient_accumulation
+    number = max(least, -(-most_rows // micro_batch_size(run)))
+    return torch.arange(num_rows).tensor_split(number)
 
 
 def sample_losses(run: Run, inputs: TrainingInputs, rows: Tensor) -> Tensor:

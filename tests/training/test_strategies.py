@@ -14,7 +14,7 @@ import torch
 from raysched.errors import ConfigError
 from raysched.training.setup import build_run
 from raysched.training.train_step import train_step
-from tests.training.runs import rollout_config
+from tests.training.runs import rollout_config, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
 # The ranks are forks of one process that has imported everything.
@@ -28,17 +28,36 @@ from raysched.training.train_step import train_step
 from raysched.training.wrapping import (
     averaged, is_sharded, load_state, local_state, whole_weights
 )
-from tests.training.runs import rollout_config
+from tests.training.runs import rollout_config, small_config
+
+KINDS = {
+    "unet": {},
+    "dit": {"model__kind": "dit"},
+    # Methods whose ranks would make unequal numbers of calls, with and without gradient.
+    "reuse": {
+        "scheduled_sampling__reuse": "all", "scheduled_sampling__max_step_offset": 6,
+        "scheduled_sampling__probability": 0.3, "training__gradient_accumulation": 4,
+    },
+    "ema": {"scheduled_sampling__policy": "ema", "scheduled_sampling__guidance_scale": 2.0},
+    "self_correction": {"exposure": "self_correction", "training__gradient_accumulation": 4},
+    "defar": {"exposure": "defar"},
+}
+
+def make_config(kind, **settings):
+    changes = {**settings, **KINDS[kind]}
+    # Settings of scheduled sampling have no place beside another method.
+    return (small_config if "exposure" in changes else rollout_config)(**changes)
 
 def rank_of(rank, world, strategy, kind, port, answers):
     place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_PORT=port)
     if world > 1:
         os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1")
-    run = build_run(rollout_config(
-        scaling__strategy=strategy, scaling__num_workers=world if world > 1 else 0,
-        training__batch_size=16, training__gradient_accumulation=2, model__kind=kind,
+    run = build_run(make_config(
+        kind, scaling__strategy=strategy, scaling__num_workers=world if world > 1 else 0,
+        training__batch_size=16, training__gradient_accumulation=2,
     ))
-    calls, predict = [], run.predict
+    calls, trained, predict = [], [], run.predict
+    run.network.register_forward_pre_hook(lambda *_: trained.append(torch.is_grad_enabled()))
     def watched(*args, **options):
         calls[-1] += 1
         return predict(*args, **options)
@@ -56,7 +75,7 @@ def rank_of(rank, world, strategy, kind, port, answers):
     }
     answers.put((rank, dict(
         wrapper=type(run.network).__name__, sharded=is_sharded(run), losses=losses,
-        calls=calls, weights=weights, ema=ema, rows=rows,
+        calls=calls, trained=sum(trained), weights=weights, ema=ema, rows=rows,
     )))
 
 def group_of(world, strategy, kind):
@@ -80,6 +99,7 @@ out = {}
 for world, strategy, kind in [
     (1, "ddp", "unet"), (2, "ddp", "unet"), (2, "fsdp", "unet"),
     (4, "ddp", "unet"), (4, "fsdp", "unet"), (1, "ddp", "dit"), (2, "fsdp", "dit"),
+    *((w, s, k) for k in list(KINDS)[2:] for w, s in ((1, "ddp"), (2, "ddp"), (4, "fsdp"))),
 ]:
     out[f"{world} {strategy} {kind}"] = group_of(world, strategy, kind)
 print(json.dumps(out))
@@ -101,6 +121,8 @@ def groups() -> dict:
 
 
 CASES = ["2 ddp unet", "2 fsdp unet", "4 ddp unet", "4 fsdp unet", "2 fsdp dit"]
+METHODS = ["reuse", "ema", "self_correction", "defar"]
+CASES += [f"{group} {method}" for method in METHODS for group in ("2 ddp", "4 fsdp")]
 
 
 @pytest.mark.slow
@@ -114,6 +136,7 @@ def test_the_curve_is_that_of_one_process_and_the_wrapper_the_one_asked_for(grou
         assert rank["sharded"] == (strategy == "fsdp")
         assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5, abs=1e-5)
         assert rank["calls"] == ranks[0]["calls"]
+        assert rank["trained"] == ranks[0]["trained"] > 0
         assert sum(rank["calls"]) > 0
         assert rank["weights"] == ranks[0]["weights"]
     for part in ("weights", "ema"):
@@ -151,7 +174,11 @@ def test_fp16_without_a_gpu_is_refused_in_one_sentence(monkeypatch):
         build_run(config)
 
 
-@pytest.mark.parametrize("changes", [{"exposure": "defar"}, {"scheduled_sampling__policy": "ema"}])
-def test_fsdp_refuses_what_gives_the_workers_unequal_forwards(changes):
-    with pytest.raises(ConfigError, match="must be ddp"):
-        rollout_config(scaling__strategy="fsdp", scaling__num_workers=2, **changes)
+@pytest.mark.parametrize("exposure", ["scheduled_sampling", "defar"])
+def test_fsdp_refuses_jumps_that_keep_their_gradient(exposure):
+    changes: dict = {f"{exposure}__jump_gradient": True, "exposure": exposure}
+    if exposure == "scheduled_sampling":
+        changes |= {"scheduled_sampling__grid": "jump", "scheduled_sampling__max_step_offset": 1}
+        changes |= {"scheduled_sampling__probability": 0.5}
+    with pytest.raises(ConfigError, match=rf"must be ddp with {exposure}.jump_gradient"):
+        small_config(scaling__strategy="fsdp", scaling__num_workers=2, **changes)
