@@ -1,13 +1,16 @@
 """What Ray Train costs: one worker against the same loop without Ray, and two workers against one.
 
-  overhead      seconds per step of one Ray Train worker over those of the loop in this process,
-                which has as many threads; minus 1. Aim: at most 0.03.
-  weak scaling  samples per second of two workers over those of one, with as many samples per
+  overhead      time per step of one Ray Train worker over that of the loop without Ray, which has
+                as many threads; minus 1. Aim: at most 0.03.
+  weak_scaling  samples per second of two workers over those of one, with as many samples per
                 worker. Aim: at least 1.5 on two cores.
 
-Seconds are those between two points that the run itself logs, after the warm-up and without
-evaluations and checkpoints, so that no start is in them. Runs are made in pairs, in turn and with
-the order changing; medians of the pairs' ratios.
+Both runs of a comparison are started first, as `raysched train` in processes of their own, and
+warmed up; no start is in the numbers. Then they go on in turns of some seconds: all processes of
+the other one, Ray's included, are stopped meanwhile (SIGSTOP). A turn's steps are those that the
+run logs. Neighbouring turns make a pair; the median of blocks of pairs counts, so that a slow
+minute of the machine hits both. Workers get the priority of other processes (Ray itself lowers
+it), or whatever else the machine does would slow down one side only.
 
     OMP_NUM_THREADS=1 python benchmarks/ray_overhead.py --json
 """
@@ -15,75 +18,121 @@ the order changing; medians of the pairs' ratios.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
+import os
 import platform
+import signal
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from raysched.config.loading import load_mapping
-from raysched.distributed.launch import run_training
-from raysched.distributed.runtime import ensure_ray, stop_ray
-from raysched.training.run_folder import open_run_folder, read_metrics
+import psutil
+
+from raysched.config.loading import load_mapping, write_yaml
+from raysched.distributed.child_run import ChildRun, wait_for
+from raysched.training.run_folder import read_last_point
 
 WARM_UP_STEPS = 50
+LOG_EVERY = 5
+BLOCKS = 5
 
 
-def seconds_per_step(workers: int, batch_size: int, options: argparse.Namespace) -> float:
-    """Train the demo's model; wall seconds per step after the warm-up.
+class Turns:
+    """A run that is stopped between its turns.
 
     Args:
-        workers: Ray Train workers, 0: none, in this process.
+        root: folder for it.
+        workers: Ray Train workers, 0: none.
         batch_size: samples per step of all workers together.
-        options: of the command line.
     """
-    config = load_mapping(
-        {
-            "training": {
-                "budget": {"steps": WARM_UP_STEPS + options.steps},
-                "batch_size": batch_size,
-                "checkpoint_every_steps": 10 * (WARM_UP_STEPS + options.steps),
+
+    def __init__(self, root: Path, workers: int, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.steps: list[int] = []
+        self.seconds: list[float] = []
+        root = root / f"{workers}-workers"
+        root.mkdir()
+        config = load_mapping(
+            {
+                "training": {
+                    "budget": {"steps": 10**6},
+                    "batch_size": batch_size,
+                    "checkpoint_every_steps": 10**6,
+                    "log_every_steps": LOG_EVERY,
+                },
+                "scheduled_sampling": {"max_step_offset": 2, "grid": 20, "probability": 0.25},
+                "evaluation": {"enabled": False},
+                "tracking": {"enabled": False},
+                "scaling": {"num_workers": workers},
             },
-            "scheduled_sampling": {
-                "max_step_offset": 2,
-                "grid": 20,
-                "probability": 0.25,
-            },
-            "evaluation": {"enabled": False},
-            "tracking": {"enabled": False},
-            "scaling": {"num_workers": workers},
-        },
-        "benchmark",
-    ).config
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        open_run_folder(config, run_dir, resume=False)
-        result = run_training(config, run_dir=run_dir, report=lambda metrics: None)
-        if result.status != "finished":
-            raise SystemExit(f"a run ended as {result.status}: {result.error}")
-        points = [p for p in read_metrics(run_dir) if p["step"] >= WARM_UP_STEPS]
-    return float(
-        (points[-1]["seconds"] - points[0]["seconds"]) / (points[-1]["step"] - points[0]["step"])
-    )
+            "benchmark",
+        ).config
+        write_yaml(config, root / "config.yaml")
+        self.child = ChildRun(root / "config.yaml", root / "run")
+
+    def warm_up(self) -> None:
+        """Train the first steps, then stop."""
+        wait_for(self.child, lambda: self.step >= WARM_UP_STEPS or self.child.ended, stall_s=120.0)
+        if self.child.ended:
+            raise self.child.failure("ended by itself")
+        send(signal.SIGSTOP, self.child.processes())
+
+    @property
+    def step(self) -> int:
+        """The last logged one."""
+        point = read_last_point(self.child.run_dir)
+        return 0 if point is None else int(point["step"])
+
+    def take(self, seconds: float) -> None:
+        """One turn."""
+        before, processes = self.step, self.child.processes()
+        send(signal.SIGCONT, processes)
+        start = time.perf_counter()
+        time.sleep(seconds)
+        self.seconds.append(time.perf_counter() - start)
+        send(signal.SIGSTOP, processes)
+        self.steps.append(self.step - before)
+        if self.child.ended:
+            raise self.child.failure("ended by itself")
+
+    def rate(self, block: slice) -> float:
+        """Samples per second of some turns."""
+        return self.batch_size * sum(self.steps[block]) / sum(self.seconds[block])
 
 
-def ratios(
+def send(number: signal.Signals, processes: list[psutil.Process]) -> None:
+    """A signal to processes, as far as they are still there."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def compare(
     one: tuple[int, int], other: tuple[int, int], options: argparse.Namespace
-) -> list[float]:
-    """Seconds per step of one kind of run over the other's, per pair.
-
-    Args:
-        one: workers and batch size.
-        other: the same of the other kind.
-        options: of the command line.
-    """
-    found = []
-    for pair in range(options.pairs):
-        order = (one, other) if pair % 2 == 0 else (other, one)
-        measured = {kind: seconds_per_step(*kind, options) for kind in order}
-        found.append(measured[one] / measured[other])
-    return found
+) -> tuple[list[float], list[float]]:
+    """Samples per second of two kinds of run, (workers, batch size) each, per block of turns."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_end:
+        pair = []
+        for workers, batch_size in (one, other):
+            run = Turns(Path(folder), workers, batch_size)
+            at_end.enter_context(run.child)
+            run.warm_up()
+            pair.append(run)
+        turns = 0
+        while min(sum(run.steps) for run in pair) < options.steps or turns < 2 * BLOCKS:
+            for run in pair if turns % 2 else pair[::-1]:
+                run.take(options.turn)
+            turns += 1
+        for run in pair:
+            send(signal.SIGCONT, run.child.processes())
+        edges = [round(turns * block / BLOCKS) for block in range(BLOCKS + 1)]
+        blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        first, second = ([run.rate(block) for block in blocks] for run in pair)
+    return first, second
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -91,39 +140,38 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     size = options.batch
     found: dict[str, Any] = {}
     if not options.no_overhead:
-        with_ray = ratios((1, size), (0, size), options)
-        found["overhead"] = round(statistics.median(with_ray) - 1.0, 4)
-        found["pairs"] = [round(ratio, 4) for ratio in with_ray]
+        with_ray, without = compare((1, size), (0, size), options)
+        ratios = [a / b for a, b in zip(without, with_ray, strict=True)]
+        found["overhead"] = round(statistics.median(ratios) - 1.0, 4)
+        found["overhead_blocks"] = [round(ratio - 1.0, 4) for ratio in ratios]
     if not options.no_scaling:
-        # Twice the samples per step in so much more time.
-        slower = ratios((2, 2 * size), (1, size), options)
-        found["weak_scaling"] = round(2.0 / statistics.median(slower), 4)
-        found["scaling_pairs"] = [round(2.0 / ratio, 4) for ratio in slower]
+        two, single = compare((2, 2 * size), (1, size), options)
+        ratios = [a / b for a, b in zip(two, single, strict=True)]
+        found["weak_scaling"] = round(statistics.median(ratios), 4)
+        found["scaling_blocks"] = [round(ratio, 4) for ratio in ratios]
     return found
 
 
 def main() -> None:
     """Measure, then print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object only")
-    parser.add_argument("--steps", type=int, default=500, help="measured steps of a run")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=500, help="measured steps of each run")
+    parser.add_argument("--turn", type=float, default=4.0, help="seconds of a turn")
     parser.add_argument("--batch", type=int, default=64, help="samples per worker and step")
     parser.add_argument("--no-overhead", action="store_true", help="only the two workers")
     parser.add_argument("--no-scaling", action="store_true", help="leave the two workers out")
     options = parser.parse_args()
-    ensure_ray(num_cpus=2)
-    try:
-        found = {**measure(options), "steps": options.steps, "machine": platform.machine()}
-    finally:
-        stop_ray()
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    found = {**measure(options), "steps": options.steps, "machine": platform.machine()}
+    found["load"] = [round(load, 1) for load in os.getloadavg()]
     if options.json:
         print(json.dumps(found))
         return
     if "overhead" in found:
-        print(f"overhead of Ray Train: {found['overhead']:+.2%} {found['pairs']}")
+        print(f"overhead of Ray Train: {found['overhead']:+.2%} {found['overhead_blocks']}")
     if "weak_scaling" in found:
-        print(f"weak scaling 1 -> 2: {found['weak_scaling']:.2f}x {found['scaling_pairs']}")
+        print(f"weak scaling 1 -> 2: {found['weak_scaling']:.2f}x {found['scaling_blocks']}")
 
 
 if __name__ == "__main__":

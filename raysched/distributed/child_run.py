@@ -74,7 +74,7 @@ class ChildRun:
         Raises:
             RunFailedError: something survives that.
         """
-        started = self._descendants()
+        started = self.processes()[1:]
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, signal.SIGKILL)
         self._process.wait(timeout=DEATH_S)
@@ -91,11 +91,16 @@ class ChildRun:
                 f"{self.run_dir}: processes {', '.join(str(p.pid) for p in alive)} don't end"
             )
 
-    def _descendants(self) -> list[Any]:
+    def processes(self) -> list[Any]:
+        """The command's process and all that it has started, as psutil knows them; its own first.
+
+        Empty once it is gone.
+        """
         import psutil
 
         try:
-            return list(psutil.Process(self._process.pid).children(recursive=True))
+            own = psutil.Process(self._process.pid)
+            return [own, *own.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
 

@@ -2,16 +2,20 @@
 
 One run goes through. Then every kill gets a run of its own: a child process trains, dies by
 SIGKILL at a random moment, a second child goes on by `--resume`, and all of its logged points and
-its weights must equal the straight run's, bit for bit. Clocks are left out.
+its weights must equal the straight run's, bit for bit. Clocks are left out. As many runs go at
+once as the machine has cores for.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import random
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from raysched.config.loading import write_yaml
@@ -26,6 +30,8 @@ from raysched.training.run_folder import METRICS_FILE, read_metrics
 
 # A child that ends before its kill lands is tried again, so often.
 TRIES = 4
+# Each run holds the data and a Ray of its own.
+MOST_AT_ONCE = 4
 
 Say = Callable[[str], None]
 
@@ -59,11 +65,13 @@ def verify_resume(
         straight = runs.straight()
         say(f"straight run: {straight.compute['steps']:.0f} steps, {straight.weights_sha256[:12]}")
         found = []
-        last = first + kills - 1
-        for number in range(first, last + 1):
-            kill = runs.kill(number, random.Random(f"{seed}/{number}"))  # noqa: S311
-            found.append(kill)
-            say(_line(number, last, kill))
+        numbers = range(first, first + kills)
+        with ThreadPoolExecutor(runs_at_once(config)) as pool:
+            # Whatever one of them raises, a stop asked for included, ends the proof.
+            kills_made = pool.map(functools.partial(runs.kill, seed=seed), numbers)
+            for number, kill in zip(numbers, kills_made, strict=True):
+                found.append(kill)
+                say(_line(number, numbers[-1], kill))
         verdict = Verdict(tuple(found), straight.weights_sha256, str(folder), 0.0)
         keep = keep or not verdict.holds
     except RunFailedError:
@@ -75,6 +83,16 @@ def verify_resume(
             shutil.rmtree(folder, ignore_errors=True)
     where = str(folder) if keep else None
     return Verdict(tuple(found), straight.weights_sha256, where, time.monotonic() - begun)
+
+
+def runs_at_once(config: RunConfig) -> int:
+    """How many runs this machine has cores for; one where they would share a GPU or a cluster."""
+    scaling = config.scaling
+    if scaling.use_gpu or "RAY_ADDRESS" in os.environ:
+        return 1
+    cores = os.cpu_count() or 1
+    each = max(scaling.num_workers, 1) * scaling.cpus_per_worker
+    return min(max(cores // each, 1), MOST_AT_ONCE)
 
 
 def _check(config: RunConfig, out: Path | None) -> None:
@@ -152,8 +170,9 @@ class _Runs:
         self._step_s = (points[-1]["seconds"] if points else 1.0) / max(len(points), 1)
         return result
 
-    def kill(self, number: int, chance: random.Random) -> Kill:
+    def kill(self, number: int, seed: int) -> Kill:
         """Train, kill at a random moment, resume, compare."""
+        chance = random.Random(f"{seed}/{number}")  # noqa: S311
         for trial in range(1, TRIES + 1):
             run_dir = self._folder / f"kill-{number:02d}"
             shutil.rmtree(run_dir, ignore_errors=True)

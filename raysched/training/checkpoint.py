@@ -24,11 +24,13 @@ from raysched.models.checkpoint_files import (
     GROUPS,
     MANIFEST_FILE,
     STATE_FILE,
+    NewerFormatError,
     group_file,
     read_group,
     read_manifest,
     verify,
 )
+from raysched.models.pickles import PickleError
 from raysched.models.tensor_files import sha256_of, write_tensors
 from raysched.training.files import fsync_folder, storage_errors, write_json
 
@@ -155,6 +157,23 @@ def load_latest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None
             warn(f"{error}; {rest}")
     if folders:
         warn(f"{run_dir}: no checkpoint can be used: training begins anew")
+    return None
+
+
+def newest_whole(run_dir: Path) -> Path | None:
+    """The newest checkpoint folder whose files fit their checksums; None if there is none.
+
+    One that this version may not read at all counts: whoever loads it says why.
+    """
+    for folder in reversed(checkpoint_folders(run_dir)):
+        try:
+            manifest = read_manifest(folder)
+            verify(folder, manifest, manifest["sha256"])
+        except StorageError:
+            continue  # load_latest tells
+        except (NewerFormatError, PickleError):
+            return folder
+        return folder
     return None
 
 

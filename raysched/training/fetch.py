@@ -1,7 +1,8 @@
 """Before training starts: is the store writable, and does it hold work to go on with?
 
 `--resume` where the run's folder is gone (another machine, a lost disk) fetches config, metrics
-and the newest whole checkpoint; so it does where the store has got further than the folder.
+and the newest whole checkpoint; so it does where the store has got further than the folder, or
+where the folder's newest one is damaged.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from raysched.config.run import RunConfig
 from raysched.config.storage_uri import without_secrets
 from raysched.errors import StorageError
 from raysched.training.checkpoint import (
-    checkpoint_folders,
+    delete_folders,
     folder_name,
     load_checkpoint,
+    newest_whole,
     step_of,
 )
 from raysched.training.files import storage_errors, write_json
@@ -92,9 +94,9 @@ def stored_run_name(config: RunConfig) -> str | None:
 
 
 def _fetch(config: RunConfig, storage: Storage, run_dir: Path, say: Callable[[str], None]) -> None:
-    """Fetch the newest whole checkpoint that is newer than those in the folder."""
-    path = storage.path
-    local = max((step_of(folder) for folder in checkpoint_folders(run_dir)), default=-1)
+    """Fetch the newest whole checkpoint that is newer than the folder's newest whole one."""
+    path, here = storage.path, newest_whole(run_dir)
+    local = -1 if here is None else step_of(here)
     steps = answer_of(storage.steps, path, "looking for the run's checkpoints")
     newer = [step for step in reversed(steps) if step > local]
     if newer and not (run_dir / CONFIG_FILE).exists():
@@ -131,6 +133,7 @@ def _fetch_checkpoint(storage: Storage, step: int, run_dir: Path) -> dict[str, o
         load_checkpoint(arriving)
         state: dict[str, object] = json.loads((arriving / "state.json").read_text("utf-8"))
         with storage_errors(root, "keeping the fetched checkpoint"):
+            delete_folders([root / folder_name(step)])  # a damaged one of this step
             arriving.rename(root / folder_name(step))
     finally:
         shutil.rmtree(arriving, ignore_errors=True)

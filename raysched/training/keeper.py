@@ -83,7 +83,8 @@ class Keeper:
                 checkpoint = load_checkpoint(self._run_dir / "checkpoints" / folder_name(step))
             self._load(checkpoint)
         if run.rank == 0:
-            self._uploader = start_uploads(run.config, self._run_dir, self._warn)
+            used = None if step < 0 else self._run_dir / "checkpoints" / folder_name(step)
+            self._uploader = start_uploads(run.config, self._run_dir, self._warn, used)
         return checkpoint
 
     def save(self, progress: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from raysched.config.run import RunConfig
 from raysched.models.checkpoint_files import MANIFEST_FILE, read_manifest
-from raysched.training.checkpoint import checkpoint_folders, step_of
+from raysched.training.checkpoint import newest_whole, step_of
 from raysched.training.rotation import steps_to_keep
 from raysched.training.storage import Storage, checkpoint_name, explain, is_store_error
 
@@ -192,14 +192,15 @@ class Uploader:
 
 
 def start_uploads(
-    config: RunConfig, run_dir: Path, warn: Callable[[str], None]
+    config: RunConfig, run_dir: Path, warn: Callable[[str], None], newest: Path | None
 ) -> Uploader | None:
     """The thread for a run's storage, None without one.
 
     Args:
         config: the run's.
-        run_dir: its folder. The newest checkpoint there is uploaded unless the store has it: an
-            earlier start may have ended before that.
+        run_dir: its folder.
+        newest: the newest whole checkpoint there; uploaded unless the store has it: an earlier
+            start may have ended before that.
         warn: told once when uploading begins to fail.
     """
     training = config.training
@@ -212,15 +213,14 @@ def start_uploads(
         keep_best=training.keep_best,
         warn=warn,
     )
-    folders = checkpoint_folders(run_dir)
-    if folders:
-        uploader.add(folders[-1])
+    if newest is not None:
+        uploader.add(newest)
     return uploader
 
 
 def upload_finished(config: RunConfig, run_dir: Path, warn: Callable[[str], None]) -> None:
     """Upload what the store has not got of a run that has ended; says what is still missing."""
-    uploader = start_uploads(config, run_dir, warn)
+    uploader = start_uploads(config, run_dir, warn, newest_whole(run_dir))
     missing = uploader and what_is_missing(uploader, config.training.storage_timeout_s)
     if missing:
         warn(missing)

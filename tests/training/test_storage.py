@@ -98,6 +98,28 @@ def test_half_uploaded_and_damaged_checkpoints_are_passed_over(tmp_path):
     assert [f.name for f in (fresh / "checkpoints").iterdir()] == ["step-00000004"]
 
 
+def test_a_damaged_checkpoint_in_the_folder_is_fetched_again(tmp_path):
+    config, run_dir = stored_config(tmp_path / "store"), tmp_path / "mine"
+    straight = run_loop(config, run_dir)
+    newest = checkpoint_folders(run_dir)[-1]
+    (newest / "model.safetensors").write_bytes(b"x" * 100)
+    told: list[str] = []
+    prepare_storage(config, run_dir, resume=True, say=told.append)
+    assert [line.split(" of ")[0] for line in told] == ["fetched step 12"]
+    assert load_checkpoint(newest).step == 12
+    same_end(run_loop(config, run_dir), straight)
+
+
+def test_a_damaged_checkpoint_is_not_uploaded_by_the_next_start(tmp_path):
+    config, run_dir = stored_config(tmp_path / "store"), tmp_path / "mine"
+    straight = run_loop(config, run_dir)
+    shutil.rmtree(tmp_path / "store")
+    (checkpoint_folders(run_dir)[-1] / "model.safetensors").write_bytes(b"x" * 100)
+    same_end(run_loop(config, run_dir), straight)
+    for folder in checkpoint_folders(tmp_path / "store" / "mine"):
+        load_checkpoint(folder)
+
+
 def test_a_stored_run_of_another_config_is_refused_before_anything_is_fetched(tmp_path):
     run_loop(stored_config(tmp_path / "store"), tmp_path / "mine")
     other = stored_config(tmp_path / "store", optimizer__learning_rate=0.5)
