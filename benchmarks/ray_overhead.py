@@ -113,8 +113,11 @@ def send(number: signal.Signals, processes: list[psutil.Process]) -> None:
 
 def compare(
     one: tuple[int, int], other: tuple[int, int], options: argparse.Namespace
-) -> tuple[list[float], list[float]]:
-    """Samples per second of two kinds of run, (workers, batch size) each, per block of turns."""
+) -> tuple[list[float], list[float], int]:
+    """Samples per second of two kinds of run, (workers, batch size) each, per block of turns.
+
+    And the steps that the slower one made meanwhile.
+    """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_end:
         pair = []
         for workers, batch_size in (one, other):
@@ -122,8 +125,10 @@ def compare(
             at_end.enter_context(run.child)
             run.warm_up()
             pair.append(run)
-        turns = 0
+        turns, end = 0, time.monotonic() + options.limit
         while min(sum(run.steps) for run in pair) < options.steps or turns < 2 * BLOCKS:
+            if time.monotonic() > end and turns >= BLOCKS:
+                break
             for run in pair if turns % 2 else pair[::-1]:
                 run.take(options.turn)
             turns += 1
@@ -132,7 +137,8 @@ def compare(
         edges = [round(turns * block / BLOCKS) for block in range(BLOCKS + 1)]
         blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
         first, second = ([run.rate(block) for block in blocks] for run in pair)
-    return first, second
+        steps = min(sum(run.steps) for run in pair)
+    return first, second, steps
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -140,12 +146,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     size = options.batch
     found: dict[str, Any] = {}
     if not options.no_overhead:
-        with_ray, without = compare((1, size), (0, size), options)
+        with_ray, without, found["overhead_steps"] = compare((1, size), (0, size), options)
         ratios = [a / b for a, b in zip(without, with_ray, strict=True)]
         found["overhead"] = round(statistics.median(ratios) - 1.0, 4)
         found["overhead_blocks"] = [round(ratio - 1.0, 4) for ratio in ratios]
     if not options.no_scaling:
-        two, single = compare((2, 2 * size), (1, size), options)
+        two, single, found["scaling_steps"] = compare((2, 2 * size), (1, size), options)
         ratios = [a / b for a, b in zip(two, single, strict=True)]
         found["weak_scaling"] = round(statistics.median(ratios), 4)
         found["scaling_blocks"] = [round(ratio, 4) for ratio in ratios]
@@ -157,13 +163,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object only")
     parser.add_argument("--steps", type=int, default=500, help="measured steps of each run")
+    parser.add_argument("--limit", type=float, default=900.0, help="most seconds of turns")
     parser.add_argument("--turn", type=float, default=4.0, help="seconds of a turn")
     parser.add_argument("--batch", type=int, default=64, help="samples per worker and step")
     parser.add_argument("--no-overhead", action="store_true", help="only the two workers")
     parser.add_argument("--no-scaling", action="store_true", help="leave the two workers out")
     options = parser.parse_args()
     os.environ.setdefault("RAY_worker_niceness", "0")
-    found = {**measure(options), "steps": options.steps, "machine": platform.machine()}
+    found = {**measure(options), "machine": platform.machine()}
     found["load"] = [round(load, 1) for load in os.getloadavg()]
     if options.json:
         print(json.dumps(found))
