@@ -40,6 +40,7 @@ def _wait_until_sent(run_dir: Path, timeout_s: float = 60.0) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(480)
 def test_a_server_that_is_killed_and_started_again_has_every_point_once(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -66,7 +67,7 @@ def test_a_server_that_is_killed_and_started_again_has_every_point_once(
     server.start()
     log(4000, 5000)
     tracker.log_artifact(run_dir / "tracking" / "run.json")
-    tracker.close("finished", timeout_s=60)
+    tracker.close("finished", timeout_s=180)
 
     assert caplog.text.count("Training goes on") == 1
     client = connect(server.uri)
@@ -85,6 +86,7 @@ def test_a_server_that_is_killed_and_started_again_has_every_point_once(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(480)
 def test_a_server_that_comes_up_during_the_run_gets_it_whole(tmp_path: Path) -> None:
     server = Server(tmp_path)
     handle = prepare_store(TrackingConfig(uri=server.uri, experiment="late"), tmp_path)
@@ -97,7 +99,7 @@ def test_a_server_that_comes_up_during_the_run_gets_it_whole(tmp_path: Path) -> 
     try:
         server.start()
         tracker.log_metrics({"loss": 2.0}, step=2, forward_equivalents=2)
-        tracker.close("finished", timeout_s=60)
+        tracker.close("finished", timeout_s=180)
         report = sync(tmp_path / "sweep")
         assert (report.num_remaining, report.problems) == (0, ())
         client = connect(server.uri)
