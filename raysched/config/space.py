@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from raysched.config.constraints import parse_constraint
 from raysched.config.dimensions import read_points, read_space
 from raysched.config.early_rules import early_mistakes
 from raysched.config.entries import (
@@ -126,6 +127,9 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:
     usable = {p: e for p, e in merged.items() if not any(p in m.involved for m in mistakes)}
     sweep, wrong = _sweep(entries, source, usable)
     findings += wrong
+    if sweep is None:
+        # Later they are checked with the space; a text that can't be read is told at once.
+        findings += _unreadable_constraints(entries, source)
     raise_findings([*findings, *_budget_mistake(sweep, config, source)])
     assert sweep is not None, "a sweep without findings is valid"
     base = Loaded(config, [], nested(merged), written.source)
@@ -294,6 +298,18 @@ def _sweep(
             for e in error.errors()
             if "[key]" not in e["loc"] or e["loc"][0] != "space"  # said where it is resolved
         ]
+
+
+def _unreadable_constraints(entries: Entries, source: str) -> list[Finding]:
+    written = entries.get("constraints", Entry([], source)).value
+    findings = []
+    for number, text in enumerate(written if isinstance(written, list | tuple) else []):
+        try:
+            if isinstance(text, str):
+                parse_constraint(text)
+        except ValueError as error:
+            findings.append(Finding(source, f"constraints[{number}]", str(error)))
+    return findings
 
 
 def _spelled(dimension: Dimension) -> dict[str, Any]:

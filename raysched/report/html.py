@@ -42,7 +42,8 @@ th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd;
          vertical-align: top; }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 tr.winner { background: #fdf3ea; } tr.baseline { background: #f2f7fb; }
-figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
+figure, .wide { margin: 1rem 0; overflow-x: auto; }
+img { max-width: 100%; height: auto; }
 figcaption, .note { color: #555; font-size: 13px; } code { font-size: 13px; }
 """
 
@@ -229,7 +230,7 @@ def render(stored: StoredSweep, pictures: Sequence[Picture], notes: Sequence[str
         *pick_parts(result.folder),
         f"<p>{escape(_cost(stored))}</p>",
         "<h2>Trials</h2>",
-        _table(stored),
+        f'<div class="wide">{_table(stored)}</div>',
     ]
     for picture in pictures:
         data = base64.b64encode(picture.path.read_bytes()).decode("ascii")

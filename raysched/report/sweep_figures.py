@@ -73,6 +73,9 @@ def fidelity_figure(runs: Sequence[ComparedRun], *, winner: str | None) -> Figur
                 colour = BASELINE if baseline else WINNER if run.name == winner else OTHER
                 axes.plot(x, y, "s" if baseline else "o", color=colour, ms=8 if baseline else 6)
                 axes.annotate(run.name, (x, y), xytext=(5, 4), textcoords="offset points", size=8)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.4")
+            axes.set(xticks=[], yticks=[])
         axes.set_xlabel(f"{diversity} (diversity, higher is better)")
         axes.set_ylabel(f"{fidelity} (fidelity, higher is better)")
         axes.margins(0.15)
