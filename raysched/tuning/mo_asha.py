@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raysched.tuning.pareto import ranks
+from raysched.tuning.pareto import non_dominated, ranks
 
 
 class ParetoHalving:
@@ -53,9 +53,20 @@ class ParetoHalving:
             return False
         entered = reached[-1]
         entered[number] = tuple(values)
-        order = best_first(list(entered.values()))
-        place = order.index(len(entered) - 1)
-        return place >= math.ceil(len(entered) / self._factor)
+        return place_of_last(list(entered.values())) >= math.ceil(len(entered) / self._factor)
+
+
+def place_of_last(points: Sequence[Sequence[float]]) -> int:
+    """Where the last point stands in `best_first`, without the order of what is behind it."""
+    rows = np.asarray(points, dtype=float)
+    left, ahead = np.arange(len(rows)), 0
+    while True:
+        on_front = non_dominated(rows[left])
+        if on_front[-1]:
+            members = left[on_front]
+            return ahead + epsilon_net(rows[members]).index(len(members) - 1)
+        ahead += int(on_front.sum())
+        left = left[~on_front]
 
 
 def best_first(points: Sequence[Sequence[float]]) -> list[int]:

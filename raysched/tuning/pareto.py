@@ -32,9 +32,22 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
         (n,) mask.
     """
     rows = _rows(points)
+    if rows.shape[1] == 2 and len(rows):
+        return _non_dominated_pairs(rows)
     no_worse = (rows[:, None, :] <= rows[None, :, :]).all(2)
     better = (rows[:, None, :] < rows[None, :, :]).any(2)
     return np.asarray(~(no_worse & better).any(0), dtype=np.bool_)
+
+
+def _non_dominated_pairs(rows: Points) -> NDArray[np.bool_]:
+    """The same for two objectives in the time of a sort."""
+    values, group = np.unique(rows[:, 0], return_inverse=True)
+    lowest = np.full(len(values), np.inf)
+    np.minimum.at(lowest, group, rows[:, 1])
+    # The lowest second objective among those whose first one is smaller.
+    before = np.concatenate([[np.inf], np.minimum.accumulate(lowest)[:-1]])
+    beaten = (before[group] <= rows[:, 1]) | (lowest[group] < rows[:, 1])
+    return np.asarray(~beaten, dtype=np.bool_)
 
 
 def ranks(points: ArrayLike) -> list[int]:
@@ -69,6 +82,10 @@ def _volume(front: Points, corner: Points) -> float:
     """Each point's own box, less what the points after it dominate of that box."""
     if len(corner) == 1:
         return float((corner - front.min(0)).item()) if len(front) else 0.0
+    if len(corner) == 2 and len(front):
+        # Sorted by the first objective the second one falls: a staircase of boxes.
+        above = np.concatenate([corner[1:], front[:-1, 1]])
+        return float(((corner[0] - front[:, 0]) * (above - front[:, 1])).sum())
     total = 0.0
     for index, point in enumerate(front):
         shared = _front(np.maximum(front[index + 1 :], point))
