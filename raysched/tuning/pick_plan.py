@@ -22,6 +22,7 @@ from raysched.errors import StorageError
 from raysched.tuning.folder import BASE_FILE, SWEEP_FILE
 from raysched.tuning.journal import JOURNAL_FILE, apply_event, read_events
 from raysched.tuning.records import TrialRecord, the_baseline
+from raysched.tuning.trial import rolls_out
 from raysched.tuning.verdict import eligible
 
 PICK_FOLDER = "pick"
@@ -46,9 +47,7 @@ class PickPlan:
 
     def rolls_out(self, record: TrialRecord) -> bool:
         """Whether a trial trains with rollouts."""
-        config = self.configs[record.number]
-        rolls = config.scheduled_sampling.max_step_offset > 0
-        return config.exposure == ROLLOUTS and rolls
+        return rolls_out(self.configs[record.number])
 
 
 def plan_pick(folder: Path, *, top: int, num_seeds: int) -> PickPlan:

@@ -30,7 +30,7 @@ from raysched.tuning.objectives import sweep_objectives
 from raysched.tuning.records import SweepResult, TrialRecord
 from raysched.tuning.search import hopeless, remaining_trials, search
 from raysched.tuning.store import open_store
-from raysched.tuning.trial import Train, TrialPlan, train_run
+from raysched.tuning.trial import Train, TrialPlan, rolls_out, train_run
 from raysched.tuning.verdict import Comparison, best, decide, eligible
 
 RESULT_FILE = "result.json"
@@ -149,9 +149,15 @@ def _conclude(
     candidates = [trial for trial in eligible(trials) if not trial.baseline]
     config, seeds = loaded.base.config, len(plan.seeds)
     comparisons = compare(baseline, candidates, config=config, seeds=seeds)
-    verdict = decide(trials, comparisons, num_seeds=seeds, metric=metric_name(config))
+    verdict = decide(
+        trials,
+        comparisons,
+        num_seeds=seeds,
+        metric=metric_name(config),
+        rolls_out=lambda record: rolls_out(plan.config(record.as_trial(), plan.seeds[0])),
+    )
     # What can't be told from teacher forcing doesn't beat it, whatever the order of the q values.
-    pays = verdict.answer == "rollouts_pay"
+    pays = verdict.answer in ("rollouts_pay", "other_method_pays")
     winner = (best(candidates) if pays else None) or baseline
     files = {**result.files, **_winner_files(plan, winner)}
     return dataclasses.replace(

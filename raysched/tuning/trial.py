@@ -126,6 +126,12 @@ class TrialPlan:
         )
 
 
+def rolls_out(config: RunConfig) -> bool:
+    """Whether a run trains with rollouts, rather than by another method or by none."""
+    rolls = config.scheduled_sampling.max_step_offset > 0
+    return config.exposure == "scheduled_sampling" and rolls
+
+
 def run_trial(trial: dict[str, Any], plan: TrialPlan) -> None:
     """The function that Ray Tune calls; `trial` is what the searcher suggested.
 

@@ -8,7 +8,7 @@ is corrected over all candidates that reached the budget (Holm 1979).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raysched.evaluation.few_seeds import quantile, two_sided_p
@@ -73,6 +73,7 @@ def decide(
     *,
     num_seeds: int,
     metric: str,
+    rolls_out: Callable[[TrialRecord], bool] = lambda _: True,
 ) -> Verdict:
     """Say whether rollouts pay.
 
@@ -81,6 +82,7 @@ def decide(
         comparisons: one per candidate that reached the budget.
         num_seeds: training seeds per trial.
         metric: the quality's name, for the text.
+        rolls_out: whether a candidate trains with rollouts, rather than by another method.
 
     Returns:
         The verdict. The seeds are those that the winner was chosen on, so it is indicative.
@@ -98,9 +100,10 @@ def decide(
     comparison = by_number[candidate.number]
     p_value = holm({c.number: c.p_value for c in comparisons})[candidate.number]
     answer = _answer(comparison, p_value)
+    text = _text(answer, candidate, comparison, metric)
     return Verdict(
-        text=f"{_text(answer, candidate, comparison, metric)} {hint}{_corrected(comparisons)}",
-        answer=answer,
+        text=f"{text} {hint}{_corrected(comparisons)}",
+        answer="other_method_pays" if _other(answer, candidate, rolls_out) else answer,
         difference=comparison.difference,
         low=comparison.low,
         high=comparison.high,
@@ -118,6 +121,10 @@ def _answer(comparison: Comparison, p_value: float) -> Answer:
     if comparison.difference < 0 and comparison.high < 0:
         return "rollouts_do_not_pay"
     return "no_clear_winner"
+
+
+def _other(answer: Answer, winner: TrialRecord, rolls_out: Callable[[TrialRecord], bool]) -> bool:
+    return answer == "rollouts_pay" and not rolls_out(winner)
 
 
 def _text(answer: Answer, candidate: TrialRecord, comparison: Comparison, metric: str) -> str:

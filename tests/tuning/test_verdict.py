@@ -114,3 +114,13 @@ def test_a_known_gain_of_four_standard_errors_is_found():
 def test_an_interval_without_width_is_certain():
     assert Comparison(1, 0.1, 0.1, 0.1).p_value == 0.0
     assert Comparison(1, 0.0, 0.0, 0.0).p_value == 1.0
+
+
+def test_a_winner_that_does_not_roll_out_is_no_case_for_rollouts():
+    other = TrialRecord(1, assignments={"exposure": "mixflow"}, status="finished", q=0.3)
+    gain = Comparison(1, 0.2, 0.15, 0.25)
+    found = decide(
+        [trial(0, 0.5), other], [gain], num_seeds=1, metric="KID", rolls_out=lambda _: False
+    )
+    assert found.answer == "other_method_pays"
+    assert "beats teacher forcing by 0.2" in found.text
