@@ -34,7 +34,7 @@ from raysched.tuning.records import TrialRecord
 SPACE = Path(__file__).parents[1] / "tune_spaces" / "digits_rollout.yaml"
 WENT_ON = "went on from step "
 # So long may Ray need to start, before the sweep itself does.
-START_S = 120.0
+START_S = 240.0
 
 
 def start(folder: Path, trials: int, budget: float, *, resume: bool) -> subprocess.Popen[bytes]:
@@ -51,11 +51,10 @@ def start(folder: Path, trials: int, budget: float, *, resume: bool) -> subproce
         f"output_dir={folder}",
     )
     command = [sys.executable, "-m", "raysched", "tune", str(SPACE), "--json", *settings]
-    return subprocess.Popen(
-        [*command, *(["--resume"] if resume else [])],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with folder.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(
+            [*command, *(["--resume"] if resume else [])], stdout=log, stderr=log
+        )
 
 
 def records(folder: Path) -> dict[int, TrialRecord]:
@@ -109,7 +108,10 @@ def run(folder: Path, *, kills: int, trials: int, budget: float, seed: int) -> d
         live = [r for r in records(folder).values() if not r.ended]
         newest = {r.name: newest_step(Path(r.run_dir)) for r in live}
         process = start(folder, trials, budget, resume=resume)
-        assert wait_for_news(folder, size, process), "the sweep did not start"
+        if not wait_for_news(folder, size, process):
+            said = folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+            process.kill()
+            raise RuntimeError(f"no news (exit code {process.poll()}); it said: {said[-2000:]}")
         time.sleep(generator.uniform(0.0, 8.0))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
