@@ -12,6 +12,10 @@ run logs. Neighbouring turns make a pair; the median of blocks of pairs counts, 
 minute of the machine hits both. Workers get the priority of other processes (Ray itself lowers
 it), or whatever else the machine does would slow down one side only.
 
+`…_cpu` is the same by the processor time of the training processes alone, which other processes
+disturb less; `beside_cpu` is what Ray's other processes and the command take in addition, as a
+share of it. Both are free as long as a core is.
+
     OMP_NUM_THREADS=1 python benchmarks/ray_overhead.py --json
 """
 
@@ -34,10 +38,11 @@ import psutil
 
 from raysched.config.loading import load_mapping, write_yaml
 from raysched.distributed.child_run import ChildRun, wait_for
+from raysched.training.heartbeat import WORKERS_FOLDER
 from raysched.training.run_folder import read_last_point
 
 WARM_UP_STEPS = 50
-LOG_EVERY = 5
+LOG_EVERY = 2
 BLOCKS = 5
 
 
@@ -54,6 +59,8 @@ class Turns:
         self.batch_size = batch_size
         self.steps: list[int] = []
         self.seconds: list[float] = []
+        self.cpu: list[float] = []
+        self.beside: list[float] = []
         root = root / f"{workers}-workers"
         root.mkdir()
         config = load_mapping(
@@ -90,14 +97,33 @@ class Turns:
     def take(self, seconds: float) -> None:
         """One turn."""
         before, processes = self.step, self.child.processes()
+        spent = self._processor_time(processes)
         send(signal.SIGCONT, processes)
         start = time.perf_counter()
         time.sleep(seconds)
         self.seconds.append(time.perf_counter() - start)
         send(signal.SIGSTOP, processes)
         self.steps.append(self.step - before)
+        training, everything = self._processor_time(processes)
+        self.cpu.append(training - spent[0])
+        self.beside.append(everything - spent[1] - self.cpu[-1])
         if self.child.ended:
             raise self.child.failure("ended by itself")
+
+    def _processor_time(self, processes: list[psutil.Process]) -> tuple[float, float]:
+        """Seconds of the processes that train, and of all."""
+        beats = (self.child.run_dir / WORKERS_FOLDER).glob("rank-*.json")
+        training = {json.loads(beat.read_text(encoding="utf-8"))["pid"] for beat in beats}
+        training = training or {processes[0].pid}
+        times = {}
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times[process.pid] = sum(process.cpu_times()[:2])
+        return sum(times.get(pid, 0.0) for pid in training), sum(times.values())
+
+    def cpu_rate(self, block: slice) -> float:
+        """Samples per second of processor time."""
+        return self.batch_size * sum(self.steps[block]) / sum(self.cpu[block])
 
     def rate(self, block: slice) -> float:
         """Samples per second of some turns."""
@@ -113,10 +139,12 @@ def send(number: signal.Signals, processes: list[psutil.Process]) -> None:
 
 def compare(
     one: tuple[int, int], other: tuple[int, int], options: argparse.Namespace
-) -> tuple[list[float], list[float], int]:
-    """Samples per second of two kinds of run, (workers, batch size) each, per block of turns.
+) -> dict[str, Any]:
+    """Two kinds of run, (workers, batch size) each, in turns; ratios of one over the other.
 
-    And the steps that the slower one made meanwhile.
+    Returns:
+        `blocks` and `cpu_blocks` of samples per second, `beside_cpu` of the first, and the steps
+        that the slower one made.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_end:
         pair = []
@@ -134,11 +162,15 @@ def compare(
             turns += 1
         for run in pair:
             send(signal.SIGCONT, run.child.processes())
-        edges = [round(turns * block / BLOCKS) for block in range(BLOCKS + 1)]
-        blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        first, second = ([run.rate(block) for block in blocks] for run in pair)
-        steps = min(sum(run.steps) for run in pair)
-    return first, second, steps
+    edges = [round(turns * block / BLOCKS) for block in range(BLOCKS + 1)]
+    blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
+    first, second = pair
+    return {
+        "blocks": [first.rate(block) / second.rate(block) for block in blocks],
+        "cpu_blocks": [first.cpu_rate(block) / second.cpu_rate(block) for block in blocks],
+        "beside_cpu": round(sum(first.beside) / sum(first.cpu), 4),
+        "steps": min(sum(run.steps) for run in pair),
+    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -146,15 +178,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     size = options.batch
     found: dict[str, Any] = {}
     if not options.no_overhead:
-        with_ray, without, found["overhead_steps"] = compare((1, size), (0, size), options)
-        ratios = [a / b for a, b in zip(without, with_ray, strict=True)]
-        found["overhead"] = round(statistics.median(ratios) - 1.0, 4)
-        found["overhead_blocks"] = [round(ratio - 1.0, 4) for ratio in ratios]
+        told = compare((1, size), (0, size), options)
+        for name in ("", "cpu_"):
+            slower = [1.0 / ratio - 1.0 for ratio in told[f"{name}blocks"]]
+            key = "overhead" if not name else "overhead_cpu"
+            found[key] = round(statistics.median(slower), 4)
+            found[f"{key}_blocks"] = [round(ratio, 4) for ratio in slower]
+        found |= {"beside_cpu": told["beside_cpu"], "overhead_steps": told["steps"]}
     if not options.no_scaling:
-        two, single, found["scaling_steps"] = compare((2, 2 * size), (1, size), options)
-        ratios = [a / b for a, b in zip(two, single, strict=True)]
-        found["weak_scaling"] = round(statistics.median(ratios), 4)
-        found["scaling_blocks"] = [round(ratio, 4) for ratio in ratios]
+        told = compare((2, 2 * size), (1, size), options)
+        found["weak_scaling"] = round(statistics.median(told["blocks"]), 4)
+        found["scaling_blocks"] = [round(ratio, 4) for ratio in told["blocks"]]
+        found["scaling_cpu"] = round(2.0 * statistics.median(told["cpu_blocks"]), 4)
+        found["scaling_steps"] = told["steps"]
     return found
 
 
@@ -177,6 +213,7 @@ def main() -> None:
         return
     if "overhead" in found:
         print(f"overhead of Ray Train: {found['overhead']:+.2%} {found['overhead_blocks']}")
+        print(f"  by processor time: {found['overhead_cpu']:+.2%} {found['overhead_cpu_blocks']}")
     if "weak_scaling" in found:
         print(f"weak scaling 1 -> 2: {found['weak_scaling']:.2f}x {found['scaling_blocks']}")
 

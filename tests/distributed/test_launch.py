@@ -76,31 +76,39 @@ def test_an_error_of_the_users_in_a_worker_is_one_message(tmp_path, ray_session)
     assert "Traceback" not in result.error
 
 
+TWO_WORKERS = rollout_config(
+    training__budget__steps=200, training__checkpoint_every_steps=20, scaling__num_workers=2
+)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the command says about a run that nobody disturbs; the config is beside its folder."""
+    folder = tmp_path_factory.mktemp("straight")
+    write_yaml(TWO_WORKERS, folder / "config.yaml")
+    process = start(folder / "run", "--json")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    result: dict = json.loads(out)
+    return result
+
+
+# One worker and SIGKILL: test_verify_resume.
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("name", "code", "workers"), [("SIGTERM", 75, 2), ("SIGKILL", -9, 1), ("SIGKILL", -9, 2)]
-)
-def test_a_signal_to_the_driver_costs_nothing(tmp_path, name, code, workers):
-    config = rollout_config(
-        training__budget__steps=300,
-        training__checkpoint_every_steps=20,
-        scaling__num_workers=workers,
-    )
-    write_yaml(config, tmp_path / "config.yaml")
-    straight = start(tmp_path / "straight", "--json")
-    out, err = straight.communicate(timeout=240)
-    assert straight.returncode == 0, err
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGKILL", -9)])
+def test_a_signal_to_the_driver_of_two_workers_costs_nothing(tmp_path, straight, name, code):
+    write_yaml(TWO_WORKERS, tmp_path / "config.yaml")
     run_dir = tmp_path / "run"
     process = start(run_dir)
     wait_for_step(process, run_dir, 30)
     process.send_signal(getattr(signal, name))
-    process.communicate(timeout=90)
+    process.communicate(timeout=100)
     assert process.returncode == code
     again = start(run_dir, "--resume", "--json")
-    resumed, err = again.communicate(timeout=240)
+    out, err = again.communicate(timeout=200)
     assert again.returncode == 0, err
-    one, other = json.loads(out), json.loads(resumed)
-    assert one["weights_sha256"] == other["weights_sha256"]
-    assert one["metrics"] == other["metrics"]
+    resumed = json.loads(out)
+    assert resumed["weights_sha256"] == straight["weights_sha256"]
+    assert resumed["metrics"] == straight["metrics"]

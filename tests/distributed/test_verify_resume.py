@@ -21,7 +21,6 @@ from raysched.distributed.resume_verdict import Difference, Kill, Verdict, compa
 from raysched.errors import RunFailedError
 from tests.training.runs import rollout_config, run_loop
 
-CONFIG = rollout_config(training__budget__steps=80, training__checkpoint_every_steps=25)
 COMMAND = [sys.executable, "-m", "raysched", "verify-resume"]
 
 
@@ -128,9 +127,13 @@ def test_what_can_not_be_proved_is_refused(tmp_path, capsys, fresh_signals):
     assert "--out" in capsys.readouterr().err
 
 
+@pytest.mark.ray
 @pytest.mark.slow
-def test_runs_killed_at_random_moments_end_identically(tmp_path):
-    write_yaml(CONFIG, tmp_path / "config.yaml")
+def test_runs_of_a_ray_worker_killed_at_random_moments_end_identically(tmp_path):
+    config = rollout_config(
+        training__budget__steps=80, training__checkpoint_every_steps=25, scaling__num_workers=1
+    )
+    write_yaml(config, tmp_path / "config.yaml")
     out = tmp_path / "proof"
     done = subprocess.run(
         [*COMMAND, "config.yaml", "--kills", "3", "--seed", "1", "--out", str(out), "--json"],

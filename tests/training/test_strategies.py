@@ -41,6 +41,11 @@ KINDS = {
     "ema": {"scheduled_sampling__policy": "ema", "scheduled_sampling__guidance_scale": 2.0},
     "self_correction": {"exposure": "self_correction", "training__gradient_accumulation": 4},
     "defar": {"exposure": "defar"},
+    "guided": {
+        "scheduled_sampling__guidance_scale": 2.0, "scheduled_sampling__stratified": True,
+        "scheduled_sampling__sampler": "rk4", "scheduled_sampling__probability": 0.3,
+    },
+    "jump": {"scheduled_sampling__grid": "jump", "scheduled_sampling__jump_gradient": True},
 }
 
 def make_config(kind, **settings):
@@ -75,7 +80,8 @@ def rank_of(rank, world, strategy, kind, port, answers):
     }
     answers.put((rank, dict(
         wrapper=type(run.network).__name__, sharded=is_sharded(run), losses=losses,
-        calls=calls, trained=sum(trained), weights=weights, ema=ema, rows=rows,
+        calls=calls, trained=sum(trained), spent=run.meter.forward_equivalents,
+        weights=weights, ema=ema, rows=rows,
     )))
 
 def group_of(world, strategy, kind):
@@ -99,7 +105,8 @@ out = {}
 for world, strategy, kind in [
     (1, "ddp", "unet"), (2, "ddp", "unet"), (2, "fsdp", "unet"),
     (4, "ddp", "unet"), (4, "fsdp", "unet"), (1, "ddp", "dit"), (2, "fsdp", "dit"),
-    *((w, s, k) for k in list(KINDS)[2:] for w, s in ((1, "ddp"), (2, "ddp"), (4, "fsdp"))),
+    *((w, s, k) for k in list(KINDS)[2:-1] for w, s in ((1, "ddp"), (2, "ddp"), (4, "fsdp"))),
+    (1, "ddp", "jump"), (2, "ddp", "jump"),
 ]:
     out[f"{world} {strategy} {kind}"] = group_of(world, strategy, kind)
 print(json.dumps(out))
@@ -121,8 +128,9 @@ def groups() -> dict:
 
 
 CASES = ["2 ddp unet", "2 fsdp unet", "4 ddp unet", "4 fsdp unet", "2 fsdp dit"]
-METHODS = ["reuse", "ema", "self_correction", "defar"]
+METHODS = ["reuse", "ema", "self_correction", "defar", "guided"]
 CASES += [f"{group} {method}" for method in METHODS for group in ("2 ddp", "4 fsdp")]
+CASES += ["2 ddp jump"]
 
 
 @pytest.mark.slow
@@ -138,6 +146,7 @@ def test_the_curve_is_that_of_one_process_and_the_wrapper_the_one_asked_for(grou
         assert rank["calls"] == ranks[0]["calls"]
         assert rank["trained"] == ranks[0]["trained"] > 0
         assert sum(rank["calls"]) > 0
+        assert rank["spent"] == alone["spent"]
         assert rank["weights"] == ranks[0]["weights"]
     for part in ("weights", "ema"):
         for name, values in alone[part].items():
