@@ -7,6 +7,7 @@ them is needed, and they are never waited for.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,14 +39,15 @@ def live_status(console: Console, run_dir: Path) -> Iterator[None]:
     from rich.text import Text
 
     over = threading.Event()
-    with Live(
+    display = Live(
         Text("starting"),
         console=console,
         auto_refresh=False,
         redirect_stdout=False,
         redirect_stderr=False,
         transient=True,
-    ) as live:
+    )
+    with display as live, _warnings_above(console):
 
         def follow() -> None:
             while not over.wait(REFRESH_S):
@@ -60,6 +62,37 @@ def live_status(console: Console, run_dir: Path) -> Iterator[None]:
         finally:
             over.set()
             thread.join(timeout=5.0)
+
+
+class _Above:
+    """A stream whose lines a console shows above what is live on it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self._console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
+@contextlib.contextmanager
+def _warnings_above(console: Console) -> Iterator[None]:
+    """Keep warnings that go to the same terminal from running into the live lines."""
+    found = [
+        (handler, handler.stream)
+        for handler in logging.getLogger("raysched").handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream.isatty()
+    ]
+    for handler, _ in found:
+        handler.setStream(_Above(console))
+    try:
+        yield
+    finally:
+        for handler, stream in found:
+            handler.setStream(stream)
 
 
 def status_line(point: Mapping[str, Any]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import time
 
+import pytest
 from rich.console import Console
 
 from raysched.distributed.live import live_status, status_line
@@ -55,3 +57,30 @@ def test_a_terminal_shows_the_newest_point_and_a_file_nothing(tmp_path, monkeypa
                 assert time.monotonic() < deadline, "no live line within 10 s"
                 time.sleep(0.01)
         assert ("samples/s" in out.getvalue()) == terminal
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_a_warning_on_the_same_terminal_stands_above_the_live_lines(tmp_path, kind):
+    screen, other = Terminal(), kind()
+    console = Console(file=screen, force_terminal=True, width=60)
+    handler = logging.StreamHandler(other)
+    logger = logging.getLogger("raysched")
+    logger.addHandler(handler)
+    try:
+        with live_status(console, tmp_path):
+            logger.warning("the distance is [unreliable]: " + "few images " * 9)
+        logger.warning("afterwards")
+    finally:
+        logger.removeHandler(handler)
+    above = [line.strip() for line in screen.getvalue().split("\n") if "[unreliable]" in line]
+    # Where stderr is a file, it gets the warning as ever.
+    assert len(above) == (kind is Terminal)
+    assert ("[unreliable]" in other.getvalue()) == (kind is io.StringIO)
+    assert other.getvalue().endswith("afterwards\n")
+    if above:
+        assert not above[0].split("the distance")[0].endswith("starting")
