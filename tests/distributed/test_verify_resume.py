@@ -129,6 +129,7 @@ def test_what_can_not_be_proved_is_refused(tmp_path, capsys, fresh_signals):
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_runs_of_a_ray_worker_killed_at_random_moments_end_identically(tmp_path):
     config = rollout_config(
         training__budget__steps=80, training__checkpoint_every_steps=25, scaling__num_workers=1
@@ -140,7 +141,7 @@ def test_runs_of_a_ray_worker_killed_at_random_moments_end_identically(tmp_path)
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=560,
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)

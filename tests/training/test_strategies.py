@@ -121,7 +121,7 @@ def groups() -> dict:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=240,
+        timeout=560,
         check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
@@ -134,6 +134,7 @@ CASES += ["2 ddp jump"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES)
 def test_the_curve_is_that_of_one_process_and_the_wrapper_the_one_asked_for(groups, case):
     _, strategy, kind = case.split()
@@ -155,6 +156,7 @@ def test_the_curve_is_that_of_one_process_and_the_wrapper_the_one_asked_for(grou
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", ["2 fsdp unet", "4 fsdp unet"])
 def test_the_ranks_rows_put_together_are_the_whole_tensors(groups, case):
     ranks = groups[case]
