@@ -45,10 +45,31 @@ def find_job(server: JobServer, submission_id: str) -> dict[str, Any]:
     return found
 
 
+class LogPrinter:
+    """Prints of a job's logs what was not printed before.
+
+    Args:
+        out: where they go.
+    """
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._printed = 0
+
+    def show(self, text: str) -> None:
+        """Print the new end of `text`, which is everything that the job has said so far."""
+        new = text[self._printed :]
+        # Counted first: an interrupt must not print a line twice.
+        self._printed = max(self._printed, len(text))
+        if new:
+            self._out.write(new)
+            self._out.flush()
+
+
 def follow(
     server: JobServer,
     submission_id: str,
-    out: TextIO,
+    printer: LogPrinter,
     *,
     patience_s: float = RECONNECT_S,
     sleep: Callable[[float], None] = time.sleep,
@@ -58,7 +79,7 @@ def follow(
     Args:
         server: the cluster.
         submission_id: the job.
-        out: where the logs go.
+        printer: gets the logs; one that has printed some of them goes on behind those.
         patience_s: seconds without an answer after which this gives up; the job goes on.
         sleep: waits between two looks.
 
@@ -68,7 +89,7 @@ def follow(
     Raises:
         ServerAwayError: no answer for `patience_s`.
     """
-    printed, away_since = 0, None
+    away_since = None
     while True:
         try:
             job = find_job(server, submission_id)
@@ -85,10 +106,7 @@ def follow(
             sleep(POLL_S)
             continue
         away_since = None
-        if len(text) > printed:
-            out.write(text[printed:])
-            out.flush()
-            printed = len(text)
+        printer.show(text)
         if job["status"] in ENDED:
             return job
         sleep(max(POLL_S, len(text) / BYTES_PER_S))
@@ -100,10 +118,10 @@ def attend(server: JobServer, submission_id: str, out: TextIO) -> tuple[int, str
     Returns:
         The exit code, and the job's last status.
     """
-    asked = False
+    asked, printer = False, LogPrinter(out)
     while True:
         try:
-            job = follow(server, submission_id, out)
+            job = follow(server, submission_id, printer)
         except KeyboardInterrupt:
             if not asked and _wants_stop(submission_id):
                 asked = True

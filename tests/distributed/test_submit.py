@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,7 +21,7 @@ from raysched.cli import main
 from raysched.config.paths import work_root
 from raysched.distributed import package as packages
 from raysched.distributed.job_server import JobServer, server_address
-from raysched.distributed.jobs import exit_code, follow
+from raysched.distributed.jobs import LogPrinter, exit_code, follow
 from raysched.distributed.joining import join_cluster, private_environment
 from raysched.distributed.package import collect
 from raysched.distributed.submit import Extras, check_versions, choose_variables, prepare
@@ -208,14 +214,81 @@ def test_logs_come_whole_and_once_over_lost_connections(capsys):
     server = HTTPServer(("127.0.0.1", 0), Flaky)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     out = io.StringIO()
-    job = follow(
-        JobServer(f"http://127.0.0.1:{server.server_port}"), "x", out, sleep=lambda _: None
-    )
+    address = f"http://127.0.0.1:{server.server_port}"
+    job = follow(JobServer(address), "x", LogPrinter(out), sleep=lambda _: None)
     server.shutdown()
     server.server_close()
     assert job["status"] == "SUCCEEDED"
     assert out.getvalue() == "one\ntwo\nthree\n"
     assert "the job goes on, trying again" in capsys.readouterr().err
+
+
+class Endless(BaseHTTPRequestHandler):
+    """A job server whose one job goes on until it is asked to stop."""
+
+    stopped = False
+
+    def do_GET(self) -> None:
+        ended = type(self).stopped
+        if self.path.endswith("/logs"):
+            answer: object = {"logs": "begun\n" + ("saved\n" if ended else "")}
+        elif self.path.endswith("/version"):
+            answer = {"ray_version": "2"}
+        else:
+            answer = {"status": "STOPPED" if ended else "RUNNING"}
+        self.answer(answer)
+
+    def do_POST(self) -> None:
+        assert self.path.endswith("/api/jobs/x/stop")
+        type(self).stopped = True
+        self.answer({"stopped": True})
+
+    def answer(self, content: object) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is logged."""
+
+
+def read_until(terminal: int, text: str) -> str:
+    """What a terminal shows up to and with a text."""
+    shown = ""
+    while text not in shown:
+        assert select.select([terminal], [], [], 30)[0], f"no {text!r} within 30 s in {shown!r}"
+        shown += os.read(terminal, 4096).decode()
+    return shown
+
+
+@pytest.mark.parametrize(("answer", "code"), [("s", 75), ("l", 130)])
+def test_ctrl_c_asks_whether_to_stop_the_job_and_prints_nothing_twice(answer, code):
+    Endless.stopped = False
+    server = HTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    terminal, inside = pty.openpty()
+    address = f"http://127.0.0.1:{server.server_port}"
+    command = [sys.executable, "-m", "raysched", "jobs", "logs", "x", "--address", address]
+    process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside)
+    try:
+        shown = read_until(terminal, "begun")
+        process.send_signal(signal.SIGINT)
+        shown += read_until(terminal, "stop x, or leave it running? [s/L]")
+        os.write(terminal, f"{answer}\n".encode())
+        shown += read_until(terminal, "STOPPED" if answer == "s" else "jobs stop x")
+        assert process.wait(30) == code
+    finally:
+        process.kill()
+        server.shutdown()
+        server.server_close()
+        os.close(terminal)
+        os.close(inside)
+    assert shown.count("begun") == 1
+    assert Endless.stopped is (answer == "s")
+    if answer == "s":
+        assert shown.index("asked to stop") < shown.index("saved") < shown.index("job x: STOPPED")
 
 
 def test_joining_where_nothing_answers_is_one_message():
