@@ -17,9 +17,11 @@ from raysched.signals import STOP
 from raysched.training.checkpoint import checkpoint_folders
 from raysched.training.events import note_event
 from raysched.training.fetch import check_storage, prepare_storage, stored_run_name
+from raysched.training.files import write_json
 from raysched.training.protocols import Tracker
 from raysched.training.result import RunResult, read_result
 from raysched.training.run_folder import (
+    CONFIG_FILE,
     default_run_dir,
     flatten,
     holds_run,
@@ -30,6 +32,8 @@ from raysched.training.run_folder import (
 )
 from raysched.training.stop import clear_stop, request_stop
 from raysched.training.upload import upload_finished
+
+PLAN_FILE = "plan.json"
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,7 +134,14 @@ def _tracking(
     if not config.tracking.enabled:
         yield None
         return
-    from raysched.tracking import Courier, prepare_store, start_run, ui_command
+    from raysched.tracking import (
+        Courier,
+        context_tags,
+        describe_run,
+        prepare_store,
+        start_run,
+        ui_command,
+    )
 
     store = prepare_store(config.tracking, work_root())
     params = flatten(config.model_dump(mode="json", exclude={"name", "tracking"}))
@@ -139,8 +150,9 @@ def _tracking(
         run_dir.name,
         run_dir=run_dir,
         params={key: value for key, value in params.items() if value is not None},
-        tags={"raysched.kind": "run"},
+        tags={"raysched.kind": "run", **context_tags(Path.cwd())},
     )
+    describe_run(run_dir)
     console.print(f"MLflow: {ui_command(store)}", soft_wrap=True, highlight=False)
     # The driver waits anyway: it carries the points, so that no worker imports MLflow.
     courier = Courier(store) if config.scaling.num_workers else None
@@ -154,7 +166,7 @@ def _tracking(
 
 
 def make_tracker(store: StoreHandle, run_id: str, run_dir: Path, *, send: bool) -> Tracker:
-    """Rank 0's tracker, made in its process; the config is recorded however the run will end.
+    """Rank 0's tracker, made in its process; config and plan are recorded however the run ends.
 
     Args:
         store: from `prepare_store`.
@@ -163,9 +175,14 @@ def make_tracker(store: StoreHandle, run_id: str, run_dir: Path, *, send: bool) 
         send: whether this process sends the points, rather than a courier in the driver.
     """
     from raysched.tracking import MlflowTracker
+    from raysched.training.plan import forecast_as_json
 
     tracker = MlflowTracker(store, run_id, run_dir, send=send)
-    tracker.log_artifact(run_dir / "config.yaml")
+    tracker.log_artifact(run_dir / CONFIG_FILE)
+    config = read_config(run_dir)
+    if config.training.budget.seconds is None:
+        write_json(run_dir / PLAN_FILE, forecast_as_json(config))
+        tracker.log_artifact(run_dir / PLAN_FILE)
     return tracker
 
 

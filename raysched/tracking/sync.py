@@ -107,6 +107,8 @@ def note(
     run_dir: Path,
     *,
     metrics: Mapping[str, float | None] | None = None,
+    step: int = 0,
+    forward_equivalents: float = 0.0,
     tags: Mapping[str, str] | None = None,
     files: Sequence[Path] = (),
     status: RunStatus | None = None,
@@ -115,7 +117,9 @@ def note(
 
     Args:
         run_dir: the run's folder; `start_run` was called for it, and nobody else writes there.
-        metrics: final values, shown at step 0; None and what is not finite is left out.
+        metrics: values; None and what is not finite is left out.
+        step: of the metrics; 0 for final values.
+        forward_equivalents: where the metrics stand against compute.
         tags: labels.
         files: recorded as artifacts; they stay where they are until they are sent.
         status: how the run ended.
@@ -123,7 +127,8 @@ def note(
     spool = Spool(run_dir)
     finite = {k: float(v) for k, v in (metrics or {}).items() if v is not None and isfinite(v)}
     if finite:
-        spool.append({"op": "metrics", "time": now_ms(), "step": 0, "fe": 0.0, "values": finite})
+        point = {"time": now_ms(), "step": step, "fe": forward_equivalents, "values": finite}
+        spool.append({"op": "metrics", **point})
     if tags:
         spool.append({"op": "tags", "values": clean_tags(tags)})
     for path in files:

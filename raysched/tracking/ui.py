@@ -149,7 +149,12 @@ def _start(uri: str, host: str, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
     # One worker serves one person, starts faster, and SQLite has one writer anyway.
     command += ["--workers", "1"]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {
+        **os.environ,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Ten processes for the judging of language models, which nobody asks for here.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     # In the environment, not among the arguments: those are shown to every user of the machine.
     environment["MLFLOW_BACKEND_STORE_URI"] = uri
     return subprocess.Popen(

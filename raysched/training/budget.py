@@ -77,6 +77,26 @@ def evaluation_due(
     return int(after[1] / every) > int(before[1] / every)
 
 
+def picture_step(config: RunConfig, fraction: float, forward_equivalents: float) -> int:
+    """Where an evaluation's pictures stand on the slider of an image grid.
+
+    Trials of a sweep reach an evaluation after different numbers of optimizer steps, and a slider
+    shows pictures of one step only; so they stand where the evaluation fell due, which is the same
+    for all of them: in forward equivalents, or in the unit of a budget in steps or seconds.
+
+    Args:
+        config: the run.
+        fraction: share of the budget spent at the evaluation.
+        forward_equivalents: spent at the evaluation.
+    """
+    budget, every = config.training.budget, config.evaluation.every_forward_equivalents
+    total = budget.steps or budget.forward_equivalents or budget.seconds
+    assert total is not None, "the config model guarantees one unit"
+    if every is not None and (fraction < 1.0 or budget.forward_equivalents is None):
+        return round(int(forward_equivalents / every) * every)
+    return round(min(int(fraction * DEFAULT_EVALUATIONS) / DEFAULT_EVALUATIONS, 1.0) * total)
+
+
 def probe_due(config: RunConfig, before: float, after: float) -> bool:
     """Whether an exposure-bias probe falls due between two amounts of forward equivalents."""
     every = config.evaluation.probe_every_forward_equivalents

@@ -19,6 +19,7 @@ from raysched.evaluation.probe_light import (
     affordable_samples,
     light_probe,
 )
+from raysched.training.budget import picture_step
 from raysched.training.files import storage_errors
 from raysched.training.protocols import Tracker
 from raysched.training.setup import Run
@@ -98,7 +99,8 @@ def _keep(
         if final:
             tensors = {f"nfe_{nfe}": images for nfe, images in evaluation.samples.items()}
             save_file({**tensors, "labels": evaluation.labels}, run_dir / FINAL_SAMPLES_FILE)
-    tracker.log_image("samples", grid, step=run.step)
+    position = picture_step(run.config, run.fraction, run.meter.forward_equivalents)
+    tracker.log_image("samples", grid, step=position)
 
 
 def probe_run(run: Run) -> dict[str, float]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from raysched.training.budget import picture_step
 from raysched.training.evaluate_step import evaluate_run
 from raysched.training.protocols import Evaluator, Tracker
 from raysched.training.setup import Run
@@ -216,13 +217,14 @@ class Evaluations:
                 self._run.meter.add_seconds("background", result.seconds)
                 for note in result.notes:
                     log.warning("step %d: %s", moment.step, note)
-                self._log_grid(moment.step)
+                self._log_grid(moment)
                 drop_weights(folder)
         self._publish(metrics, moment)
 
-    def _log_grid(self, step: int) -> None:
+    def _log_grid(self, moment: Moment) -> None:
         import numpy as np
         from PIL import Image
 
-        with Image.open(grid_file(self._run_dir, step)) as image:
-            self._tracker.log_image("samples", np.asarray(image), step=step)
+        position = picture_step(self._run.config, moment.fraction, moment.forward_equivalents)
+        with Image.open(grid_file(self._run_dir, moment.step)) as image:
+            self._tracker.log_image("samples", np.asarray(image), step=position)

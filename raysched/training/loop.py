@@ -27,7 +27,7 @@ from raysched.training.budget import (
 from raysched.training.costs import Costs
 from raysched.training.evaluate_step import probe_run, save_final
 from raysched.training.evaluations import Evaluations, Moment
-from raysched.training.events import note_event
+from raysched.training.events import LOG_FILE, note_event
 from raysched.training.files import write_json
 from raysched.training.heartbeat import Heartbeat
 from raysched.training.initial import pin_base
@@ -35,7 +35,7 @@ from raysched.training.keeper import Keeper
 from raysched.training.out_of_memory import memory_errors
 from raysched.training.protocols import Evaluator, Report, RunStatus, Tracker
 from raysched.training.result import RESULT_FILE, RunResult
-from raysched.training.run_folder import MetricsLog
+from raysched.training.run_folder import METRICS_FILE, MetricsLog
 from raysched.training.setup import Run, build_run
 from raysched.training.spend import compute_summary
 from raysched.training.stop import StopOrder, StopWatch
@@ -224,6 +224,9 @@ class Loop:
         )
         if self.is_main:
             write_json(self.run_dir / RESULT_FILE, result.as_json())
+            for name in (METRICS_FILE, RESULT_FILE, LOG_FILE):
+                if (self.run_dir / name).is_file():
+                    self.tracker.log_artifact(self.run_dir / name, "logs")
             self.tracker.close(status)
         return replace(result, notes=[*result.notes, *self.keeper.close(status)])
 

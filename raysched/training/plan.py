@@ -143,6 +143,20 @@ def count_evaluations(config: RunConfig, forecast: RunForecast) -> int:
     return min(math.ceil(forecast.forward_equivalents / every - 1e-9), forecast.steps)
 
 
+def forecast_as_json(config: RunConfig) -> dict[str, Any]:
+    """The part of a plan that needs no measuring: steps, compute and evaluations.
+
+    Args:
+        config: a run whose budget is in steps or forward equivalents.
+    """
+    forecast = forecast_run(config)
+    return {
+        **asdict(forecast),
+        "forward_equivalents": forecast.forward_equivalents,
+        "num_evaluations": count_evaluations(config, forecast),
+    }
+
+
 def print_plan(plan: Plan, console: Console) -> None:
     """A table and a sentence for people."""
     from rich.table import Table

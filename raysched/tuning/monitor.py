@@ -21,6 +21,7 @@ from raysched.tuning.records import (
     Q_LOW,
     TrialRecord,
 )
+from raysched.tuning.trial import ERROR_FILE
 
 # What Ray says of a process that went with its node.
 NODE_LOST = ("node has died", "node died", "node is dead", "node was terminated", "NodeDied")
@@ -95,7 +96,7 @@ class Monitor(Callback):  # type: ignore[misc]
         # Tune copies this file to the trial's storage only later.
         written = Path(trial.error_file or "")
         details = written.read_text(encoding="utf-8") if written.is_file() else ""
-        log = Path(self._journal.records[number].run_dir) / "error.txt"
+        log = Path(self._journal.records[number].run_dir) / ERROR_FILE
         with storage_errors(log, "writing why the trial failed"):
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(details + "\n", encoding="utf-8")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from raysched.config.paths import work_root
@@ -13,10 +14,10 @@ from raysched.config.space import LoadedSweep
 from raysched.training.evaluate_step import PIPELINE_FOLDER
 from raysched.training.protocols import RunStatus
 from raysched.training.result import read_result
-from raysched.training.run_folder import flatten
+from raysched.training.run_folder import flatten, read_metrics
 from raysched.tuning.compare import run_folders
-from raysched.tuning.records import SweepResult, TrialRecord
-from raysched.tuning.trial import TrialPlan
+from raysched.tuning.records import QUALITY, Q, SweepResult, TrialRecord
+from raysched.tuning.trial import ERROR_FILE, TrialPlan
 
 if TYPE_CHECKING:
     from raysched.tracking import Courier, StoreHandle
@@ -57,14 +58,15 @@ class SweepStore:
             "raysched.exposure": config.exposure,
             **self.context,
         }
-        run_dir, name = Path(record.run_dir), f"{self.folder.name}/{record.name}"
+        # The trial's name first: MLflow's lists cut long names at their end.
+        run_dir, name = Path(record.run_dir), f"{record.name} {self.folder.name}"
         run_id = self._start(
             run_dir, name, self.parent, params, {"raysched.kind": "trial", **tags}
         )
         if len(plan.seeds) > 1:
             for seed, folder in zip(plan.seeds, plan.run_dirs(record.as_trial()), strict=True):
                 own = {"raysched.kind": "seed", "raysched.seed": str(seed), **tags}
-                self._start(folder, f"{name}/seed-{seed}", run_id, {**params, "seed": seed}, own)
+                self._start(folder, f"seed-{seed} {name}", run_id, {**params, "seed": seed}, own)
         return run_id
 
     def _start(
@@ -87,9 +89,13 @@ class SweepStore:
         run_dir = Path(record.run_dir)
         seeds = sorted(run_dir.glob("seed-*/tracking"))
         failed = record.status == "failed"
+        for step, spent, means in seed_means([folder.parent for folder in seeds]):
+            note(run_dir, metrics=means, step=step, forward_equivalents=spent)
+        error = run_dir / ERROR_FILE
         note(
             run_dir,
             metrics=final_metrics(record),
+            files=[error] if error.is_file() else (),
             tags={"raysched.reason": record.error} if record.error else None,
             status=record.status if seeds or failed else None,
         )
@@ -186,6 +192,28 @@ def final_metrics(record: TrialRecord) -> dict[str, float | None]:
         "objective/seconds": record.seconds,
         **{f"objective/{name}": value for name, value in record.objectives.items()},
     }
+
+
+def seed_means(run_dirs: Sequence[Path]) -> Iterator[tuple[int, float, dict[str, float]]]:
+    """A trial's curves over its seeds: the means at the evaluations that all of them made.
+
+    Args:
+        run_dirs: of the seeds.
+
+    Yields:
+        Optimizer step, forward equivalents and metrics, each the mean over the seeds.
+    """
+    curves = [[p for p in read_metrics(folder) if Q in p["metrics"]] for folder in run_dirs]
+    for points in zip(*curves, strict=False):
+        metrics = [point["metrics"] for point in points]
+        shared = set.intersection(*map(set, metrics))
+        means = {
+            key: fmean(values)
+            for key in sorted(shared)
+            if key.startswith(QUALITY) and None not in (values := [m[key] for m in metrics])
+        }
+        step = round(fmean(point["step"] for point in points))
+        yield step, fmean(point["forward_equivalents"] for point in points), means
 
 
 def pareto_front(trials: Sequence[TrialRecord]) -> set[int]:

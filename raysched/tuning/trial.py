@@ -45,6 +45,8 @@ TrialReport = Callable[[dict[str, Any]], None]
 OUTPUT_FILE = "output.txt"
 # This process once it has run a trial; empty in a new one.
 _processes: set[int] = set()
+# In a trial's folder: the traceback that ended it.
+ERROR_FILE = "error.txt"
 NOT_FINITE = re.compile(r"\b(nan|inf|not finite)\b", re.IGNORECASE)
 
 
@@ -185,7 +187,7 @@ def train_trial(trial: Mapping[str, Any], plan: TrialPlan, report: TrialReport) 
     except UserError as error:
         return _failed(results, error, str(error))
     except Exception as error:  # noqa: BLE001 - a trial's failure is a result of the sweep
-        log = plan.trial_dir(trial) / "error.txt"
+        log = plan.trial_dir(trial) / ERROR_FILE
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc(), encoding="utf-8")
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]

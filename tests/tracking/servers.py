@@ -44,6 +44,7 @@ class Server:
                 env={
                     **os.environ,
                     "MLFLOW_DISABLE_TELEMETRY": "true",
+                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
                     "MLFLOW_BACKEND_STORE_URI": self._backend,
                 },
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ def test_parent_children_and_seeds_are_nested_and_comparable(tmp_path: Path) -> 
         tracker = MlflowTracker(store.handle, recorded_run(run_dir), run_dir, send=False)
         tracker.log_metrics({"quality/q": float(seed)}, step=9, forward_equivalents=500)
         tracker.close("finished")
+        point = {"step": 9 + seed, "forward_equivalents": 500 + seed, "seconds": 1.0}
+        line = json.dumps({**point, "metrics": {"quality/q": float(seed), "train/loss": 1.0}})
+        (run_dir / "metrics.jsonl").write_text(line + "\n")
         (run_dir / "result.json").write_text(
             '{"status": "finished", "output_dir": "", "metrics": {}}'
         )
@@ -64,29 +68,34 @@ def test_parent_children_and_seeds_are_nested_and_comparable(tmp_path: Path) -> 
 
     client = connect(store.handle.uri)
     runs = {r.info.run_name: r for r in client.search_runs([store.handle.experiment_id])}
-    parent, child, seed = (runs[n] for n in ("sweep", "sweep/002", "sweep/002/seed-7"))
+    parent, child, seed = (runs[n] for n in ("sweep", "002 sweep", "seed-7 002 sweep"))
     assert len(runs) == 7
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert seed.data.tags["mlflow.parentRunId"] == child.info.run_id
     kinds = {name: run.data.tags["raysched.kind"] for name, run in runs.items()}
-    assert (kinds["sweep"], kinds["sweep/002"], kinds["sweep/002/seed-7"]) == (
+    assert (kinds["sweep"], kinds["002 sweep"], kinds["seed-7 002 sweep"]) == (
         "sweep",
         "trial",
         "seed",
     )
     # The same parameters in every child, the baseline's own values too.
-    assert {name: runs[name].data.params for name in ("sweep/000-baseline", "sweep/002")} == {
-        "sweep/000-baseline": {OFFSET: "0"},
-        "sweep/002": {OFFSET: "2"},
+    assert {name: runs[name].data.params for name in ("000-baseline sweep", "002 sweep")} == {
+        "000-baseline sweep": {OFFSET: "0"},
+        "002 sweep": {OFFSET: "2"},
     }
     assert seed.data.params == {OFFSET: "2", "seed": "7"}
     assert seed.data.metrics["quality/q"] == 7.0
     assert child.data.metrics["objective/q"] == 0.25
+    # The child shows the mean over its seeds, against steps and against compute.
+    for key, place in (("quality/q", 14), ("by_fe/quality/q", 506)):
+        history = client.get_metric_history(child.info.run_id, key)
+        assert [(metric.step, metric.value) for metric in history] == [(place, 5.5)]
+    assert "train/loss" not in child.data.metrics
     assert child.data.metrics["objective/forward_equivalents"] == 1000.0
     assert {r.info.status for r in runs.values() if "000" not in r.info.run_name} == {"FINISHED"}
     assert child.data.tags["raysched.pareto"] == "true"
     assert child.data.tags["raysched.winner"] == "true"
-    assert runs["sweep/000-baseline"].data.tags["raysched.winner"] == "false"
+    assert runs["000-baseline sweep"].data.tags["raysched.winner"] == "false"
     assert parent.data.tags["verdict.answer"] == "rollouts_pay"
     assert "raysched.version" in child.data.tags
     files = [info.path for info in client.list_artifacts(parent.info.run_id)]
@@ -104,10 +113,10 @@ def test_a_seed_that_died_is_shown_as_failed(tmp_path: Path) -> None:
     store.close()
     client = connect(store.handle.uri)
     runs = {r.info.run_name: r for r in client.search_runs([store.handle.experiment_id])}
-    assert runs["sweep/003"].info.status == "FAILED"
-    assert runs["sweep/003"].data.tags["raysched.reason"] == "its process died"
-    assert {runs[f"sweep/003/seed-{s}"].info.status for s in (0, 1)} == {"FAILED"}
-    assert "objective/q" not in runs["sweep/003"].data.metrics
+    assert runs["003 sweep"].info.status == "FAILED"
+    assert runs["003 sweep"].data.tags["raysched.reason"] == "its process died"
+    assert {runs[f"seed-{s} 003 sweep"].info.status for s in (0, 1)} == {"FAILED"}
+    assert "objective/q" not in runs["003 sweep"].data.metrics
 
 
 @pytest.mark.parametrize(
