@@ -19,7 +19,7 @@ CONSTRAINTS := .venv/constraints.txt
 
 export PRE_COMMIT_HOME := $(CURDIR)/.venv/.pre-commit
 
-.PHONY: demo install install-dev test test-slow test-all lint bench clean
+.PHONY: demo install install-dev test test-slow test-browser test-all browser screenshots lint bench clean
 
 demo: $(READY)
 	@$(BIN)/raysched tune $(SPACE)
@@ -55,8 +55,23 @@ test: $(READY_DEV)
 test-slow: $(READY_DEV)
 	@$(BIN)/python -m pytest -q -m "slow and not browser"
 
+test-browser: $(READY_DEV) browser
+	@$(BIN)/python -m pytest -q -m "browser"
+
+# Chromium from Debian's packages; where that is not possible the tests skip and say so.
+browser:
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core </dev/null >/dev/null; \
+	else echo "no Chromium: the browser tests will skip; install it (Debian: apt-get install chromium)" >&2; fi
+
+# The pictures of MLflow's pages that the README shows.
+screenshots: $(READY_DEV) browser
+	@RAYSCHED_SCREENSHOTS=docs $(BIN)/python -m pytest -q -m "browser"
+
 # CI has just run the fast tests and says TEST_ALL_SKIP_FAST=1, so that they don't run twice.
-test-all: $(if $(TEST_ALL_SKIP_FAST),,test) test-slow
+test-all: $(if $(TEST_ALL_SKIP_FAST),,test) test-slow test-browser
 
 lint: $(READY_DEV)
 	@$(BIN)/pre-commit run --all-files --show-diff-on-failure

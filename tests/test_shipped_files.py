@@ -143,13 +143,20 @@ def test_a_ready_environment_is_not_installed_again(tmp_path: Path) -> None:
 
 
 def test_the_fast_tier_leaves_out_slow_and_browser_tests() -> None:
-    assert '-m "not slow and not browser"' in make("test")
-    both = make("test-all")
-    assert '-m "not slow and not browser"' in both
-    assert '-m "slow and not browser"' in both
+    assert re.findall(r'-m (".*")', make("test")) == ['"not slow and not browser"']
+    everything = ['"not slow and not browser"', '"slow and not browser"', '"browser"']
+    assert re.findall(r'-m (".*")', make("test-all")) == everything
     rest = make("test-all", "TEST_ALL_SKIP_FAST=1")
-    assert '-m "not slow and not browser"' not in rest
-    assert '-m "slow and not browser"' in rest
+    assert re.findall(r'-m (".*")', rest) == everything[1:]
+    # The browser is there before its tests.
+    assert rest.index("apt-get install") < rest.index('-m "browser"')
+
+
+def test_the_readme_shows_pictures_that_are_there_and_small() -> None:
+    shown = re.findall(r"!\[[^]]+\]\((docs/[\w./-]+)\)", (ROOT / "README.md").read_text())
+    pages = ("parallel-coordinates", "quality-by-fe", "samples")
+    assert {"docs/pareto.png", *(f"docs/mlflow-{name}.png" for name in pages)} <= set(shown)
+    assert all(1_000 < (ROOT / name).stat().st_size < 200_000 for name in shown)
 
 
 def test_ci_is_valid_shell_that_runs_lint_and_both_tiers() -> None:

@@ -92,9 +92,9 @@ def _save(folder: Path, pipeline: Path, model_id: str) -> None:
             ]
         ),
     )
-    with warnings.catch_warnings():
-        # MLflow wants the schema as type hints, which can't tell a table from a list here.
-        warnings.simplefilter("ignore")
+    # MLflow wants the schema as type hints, which can't tell a table from a list here, and says so
+    # past every filter: what it says is collected and dropped.
+    with warnings.catch_warnings(record=True):
         mlflow.pyfunc.save_model(
             str(folder),
             python_model=str(CODE),

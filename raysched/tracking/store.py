@@ -175,11 +175,16 @@ def ui_command(handle: StoreHandle) -> str:
     the line reads it from the environment instead.
     """
     if is_server(handle.uri) or "://" not in handle.uri:
-        page = f"/#/experiments/{handle.experiment_id}" if handle.experiment_id else ""
+        page = experiment_place(handle.experiment_id) if handle.experiment_id else ""
         return redact(handle.uri).replace("***@", "") + page
     hidden = has_credentials(handle.uri)
     uri = f'"${TRACKING_URI_VARIABLE}"' if hidden else shlex.quote(handle.uri)
     return f"{_mlflow_command()} ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000"
+
+
+def experiment_place(experiment_id: str) -> str:
+    """An experiment's list of runs on MLflow's pages, which else open as for language models."""
+    return f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
 
 
 def _mlflow_command() -> str:

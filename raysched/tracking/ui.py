@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from raysched.config.run import TrackingConfig
 from raysched.errors import ConfigError, RunFailedError, UserError
 from raysched.tracking.spool import RunRecord, Spool
-from raysched.tracking.store import LOGGER, prepare_store
+from raysched.tracking.store import LOGGER, experiment_place, prepare_store
 from raysched.tracking.uris import (
     TRACKING_URI_VARIABLE,
     has_credentials,
@@ -37,11 +38,15 @@ class Page:
 
     Attributes:
         uri: the store, credentials included where the user gave them.
-        run_id: of the run or sweep that was named, empty without one.
+        experiment: name of the experiment to show.
+        run_id: of the run that was named, empty without one.
+        sweep: name of the sweep that was named, whose runs alone are shown; empty without one.
     """
 
     uri: str
+    experiment: str = TrackingConfig().experiment
     run_id: str = ""
+    sweep: str = ""
 
 
 def find_page(folder: Path | None, uri: str | None, root: Path) -> Page:
@@ -64,7 +69,8 @@ def find_page(folder: Path | None, uri: str | None, root: Path) -> Page:
             f"{folder}: no run was tracked here (tracking/run.json is missing); name the folder "
             "of a run or sweep, or give the store with --uri"
         )
-    return Page(_uri_of(record, uri), record.run_id or "")
+    sweep = record.tags.get("raysched.sweep", "")
+    return Page(_uri_of(record, uri), record.experiment, record.run_id or "", sweep)
 
 
 def _uri_of(record: RunRecord, uri: str | None) -> str:
@@ -103,11 +109,12 @@ def serve(
         ConfigError: the port is taken.
         RunFailedError: the server ended by itself.
     """
+    store = prepare_store(TrackingConfig(uri=page.uri, experiment=page.experiment), Path.cwd())
+    place = _place(page, store.experiment_id)
     if is_server(page.uri):
-        url = redact(page.uri).replace("***@", "")
+        url = redact(page.uri).replace("***@", "") + place
         ready(url)
         return url
-    prepare_store(TrackingConfig(uri=page.uri), Path.cwd())
     if host not in LOOPBACK:
         LOGGER.warning(
             "--host %s: whoever reaches it can read and delete the runs; put a proxy that asks "
@@ -119,6 +126,7 @@ def serve(
     process = _start(page.uri, host, port)
     try:
         _wait_until_it_answers(process, url, asked_to_stop)
+        url += place
         ready(url)
         while not asked_to_stop():
             try:
@@ -129,6 +137,19 @@ def serve(
     finally:
         _stop(process)
     return url
+
+
+def _place(page: Page, experiment_id: str) -> str:
+    """What follows the server's address: the sweep's runs, the run, or all runs."""
+    if not experiment_id:
+        return ""
+    if page.run_id and not page.sweep:
+        return f"/#/experiments/{experiment_id}/runs/{page.run_id}"
+    place = experiment_place(experiment_id)
+    if not page.sweep:
+        return place
+    condition = f"tags.`raysched.sweep` = '{page.sweep}'"
+    return f"{place}&searchFilter={quote(condition)}"
 
 
 def _free_port(host: str, port: int) -> int:

@@ -17,7 +17,7 @@ from raysched.training.result import read_result
 from raysched.training.run_folder import flatten, read_metrics
 from raysched.tuning.compare import run_folders
 from raysched.tuning.records import QUALITY, Q, SweepResult, TrialRecord
-from raysched.tuning.trial import ERROR_FILE, TrialPlan
+from raysched.tuning.trial import ERROR_FILE, OUTPUT_FILE, TrialPlan
 
 if TYPE_CHECKING:
     from raysched.tracking import Courier, StoreHandle
@@ -91,11 +91,11 @@ class SweepStore:
         failed = record.status == "failed"
         for step, spent, means in seed_means([folder.parent for folder in seeds]):
             note(run_dir, metrics=means, step=step, forward_equivalents=spent)
-        error = run_dir / ERROR_FILE
+        logs = [run_dir / name for name in (ERROR_FILE, OUTPUT_FILE)]
         note(
             run_dir,
             metrics=final_metrics(record),
-            files=[error] if error.is_file() else (),
+            files=[path for path in logs if path.is_file()],
             tags={"raysched.reason": record.error} if record.error else None,
             status=record.status if seeds or failed else None,
         )

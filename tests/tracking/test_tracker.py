@@ -199,7 +199,8 @@ def test_a_handle_travels_by_pickle_and_never_shows_a_password(store: Store) -> 
     assert "hunter2" not in ui_command(secret)
     assert '"$MLFLOW_TRACKING_URI"' in ui_command(secret)
     server = type(handle)("http://me:hunter2@127.0.0.1:5000", "7", "e")
-    assert ui_command(server) == "http://127.0.0.1:5000/#/experiments/7"
+    page = "http://127.0.0.1:5000/#/experiments/7/runs?workflowType=machine_learning"
+    assert ui_command(server) == page
 
 
 def test_a_deleted_experiment_is_one_clear_message(store: Store) -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from raysched.config.run import BudgetConfig, OptimizerConfig
+from raysched.config.run import BudgetConfig, OptimizerConfig, RunConfig
 from raysched.diffusion.compute import ComputeMeter
-from raysched.training.budget import evaluation_due, fraction_spent, learning_rate_at
+from raysched.training.budget import (
+    evaluation_due,
+    fraction_spent,
+    learning_rate_at,
+    picture_step,
+)
 from tests.training.runs import run_loop, small_config
 
 
@@ -67,3 +72,22 @@ def test_a_budget_in_seconds_ends(tmp_path):
     result = run_loop(config, tmp_path / "run")
     assert result.status == "finished"
     assert result.compute["seconds"] >= 0.2
+
+
+@pytest.mark.parametrize(
+    ("budget", "every", "moments", "places"),
+    [
+        # Two trials whose steps cost differently have pictures at the same places.
+        ({"forward_equivalents": 1000}, None, [(0.26, 260), (1.01, 1010)], [250, 1000]),
+        ({"forward_equivalents": 1000}, None, [(0.31, 310), (1.3, 1300)], [250, 1000]),
+        ({"forward_equivalents": 1000}, 300.0, [(0.35, 350), (1.0, 1003)], [300, 1000]),
+        ({"steps": 80}, None, [(0.25, 999), (1.0, 9999)], [20, 80]),
+        ({"steps": 80}, 300.0, [(0.25, 620), (1.0, 901)], [600, 900]),
+        ({"seconds": 10.0}, None, [(0.55, 1), (1.1, 2)], [5, 10]),
+    ],
+)
+def test_pictures_stand_where_their_evaluation_fell_due(budget, every, moments, places):
+    config = RunConfig(
+        training={"budget": budget}, evaluation={"every_forward_equivalents": every}
+    )
+    assert [picture_step(config, *moment) for moment in moments] == places
