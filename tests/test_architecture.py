@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import functools
 import graphlib
 import sys
@@ -201,12 +202,12 @@ def test_no_base_class_has_a_single_child() -> None:
     assert {base: children for base, children in parents.items() if len(children) == 1} == {}
 
 
-def test_only_gpu_tests_skip() -> None:
+def test_only_tests_of_a_gpu_or_a_browser_skip() -> None:
     skipping = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in (ROOT / "tests").rglob("*.py")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if ("pytest." + "skip(" in line or "mark." + "skip" in line or "importor" + "skip" in line)
-        and "cuda" not in line.lower()
+        and not {"cuda", "chromium"} & set(re.findall("[a-z]+", line.lower()))
     ]
     assert skipping == []
