@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from raysched.config.entries import COMMAND_LINE, Entries, Finding
 from raysched.config.fields import show
 from raysched.config.run import RunConfig
-from raysched.config.storage_uri import storage_rule
+from raysched.config.storage_uri import storage_rule, store_rule
 
 Check = Callable[[RunConfig], str | None]
 SS = "scheduled_sampling."
@@ -268,6 +268,7 @@ ERRORS: tuple[Rule, ...] = (
     *map(_text_given, ("data.path", "data.cache_dir", "training.output_dir", "tracking.uri")),
     _text_given("training.storage_path"),
     Rule("training.storage_path", (), storage_rule),
+    Rule("tracking.uri", (), store_rule),
 )
 
 

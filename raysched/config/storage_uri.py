@@ -1,4 +1,4 @@
-"""Where checkpoints may be uploaded to: the forms of `training.storage_path`, and its rules.
+"""Places that settings name: the forms of `training.storage_path`; no passwords in any of them.
 
 A folder (local or NFS, also as `file://`), or an object store that pyarrow reaches: `s3://`,
 `gs://`, `abfs://`. Credentials come from the environment, never from the path: the path is
@@ -31,6 +31,18 @@ def below(path: str, folder: str) -> str:
     """A folder within a storage path; options of a URI stay at its end."""
     place, mark, options = path.partition("?") if is_uri(path) else (path, "", "")
     return f"{place.rstrip('/')}/{folder}{mark}{options}"
+
+
+def store_rule(c: RunConfig) -> str | None:
+    """What is wrong with `tracking.uri`, None if nothing is."""
+    uri = c.tracking.uri
+    if uri is None or without_secrets(uri) == uri:
+        return None
+    return (
+        f"must not hold a password, got {without_secrets(uri)}; leave it out and set "
+        "MLFLOW_TRACKING_URI to the whole URI, or MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, for config files are kept and shown in MLflow"
+    )
 
 
 def storage_rule(c: RunConfig) -> str | None:

@@ -272,3 +272,16 @@ def test_a_missing_file_names_its_neighbour_and_a_folder_is_no_file(tmp_path):
 
 def test_odd_characters_in_a_key_stay_on_one_line():
     assert "\n" not in problems(json.loads('{"a\\nb\\ud800": 1}'))[0]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["http://me:hunter2@host:5000", "postgresql://u:hunter2@host/db", "sqlite:///a?key=hunter2"],
+)
+def test_a_password_in_the_store_is_refused_and_not_repeated(uri):
+    with pytest.raises(ConfigError) as caught:
+        load(None, [f"tracking.uri={uri}"])
+    (problem,) = caught.value.problems
+    assert "tracking.uri: must not hold a password" in problem
+    assert "hunter2" not in problem
+    load(None, ["tracking.uri=postgresql://mlflow@host/db"])
