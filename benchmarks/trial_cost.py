@@ -34,7 +34,8 @@ def measure(num_workers: int, *, trials: int, budget: float, folder: Path) -> di
         "search.algorithm=random",
         "search.max_concurrent=2",
         "early_stopping.kind=none",
-        "scheduled_sampling.grid=20",
+        "evaluation.num_samples=50",
+        "evaluation.final_num_samples=100",
         f"scaling.num_workers={num_workers}",
         "tracking.enabled=false",
         f"output_dir={folder}",
@@ -57,7 +58,7 @@ def main() -> None:
     """Print a row per way of training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=7)
-    parser.add_argument("--budget", type=float, default=19200)
+    parser.add_argument("--budget", type=float, default=5760)
     parser.add_argument("--num-workers", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

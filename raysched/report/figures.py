@@ -42,7 +42,8 @@ def pareto_figure(
     for trial in shown:
         _draw_point(axes, trial, winner)
     valid = [t for t in shown if t.status != "failed"]
-    front = non_dominated([(_spent(t), _q(t)) for t in valid])
+    # The last step is whole, so that trials end a little past the budget: that is no difference.
+    front = non_dominated([(min(_spent(t), budget), _q(t)) for t in valid])
     if front:
         # A step: between two trials nothing better than the cheaper one is known.
         x, y = zip(*front, strict=True)

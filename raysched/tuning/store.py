@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -107,7 +108,7 @@ class SweepStore:
         """Tag every trial with its place in the sweep: winner, member of the Pareto front."""
         from raysched.tracking import note
 
-        front = pareto_front(result.trials)
+        front = pareto_front(result.trials, result.budget)
         for record in result.trials:
             if record.tracking_id:
                 tags = {
@@ -216,10 +217,11 @@ def seed_means(run_dirs: Sequence[Path]) -> Iterator[tuple[int, float, dict[str,
         yield step, fmean(point["forward_equivalents"] for point in points), means
 
 
-def pareto_front(trials: Sequence[TrialRecord]) -> set[int]:
+def pareto_front(trials: Sequence[TrialRecord], budget: float = math.inf) -> set[int]:
     """Numbers of the trials that no other one beats in both quality and compute."""
     points = [
-        (t.forward_equivalents, t.q, t.number)
+        # What the last, whole step spent past the budget is no difference.
+        (min(t.forward_equivalents, budget), t.q, t.number)
         for t in trials
         if t.status in ("finished", "pruned") and t.q is not None and isfinite(t.q)
     ]
