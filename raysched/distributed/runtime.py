@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 from raysched.distributed.joining import join_cluster, private_environment
+from raysched.errors import RunFailedError
 from raysched.signals import STOP
 
 QUIET_ENVIRONMENT = {
@@ -39,6 +40,10 @@ def ensure_ray(num_cpus: int | None = None) -> Any:
 
     Returns:
         The imported `ray`, connected. Already connected: nothing changes.
+
+    Raises:
+        ConfigError: the cluster can't be joined.
+        RunFailedError: Ray doesn't start here.
     """
     os.environ.update(quiet_environment())
     if "RAY_ADDRESS" not in os.environ:
@@ -53,16 +58,25 @@ def ensure_ray(num_cpus: int | None = None) -> Any:
     if address := os.environ.get("RAY_ADDRESS"):
         join_cluster(ray, address, runtime_env={"env_vars": quiet_environment()}, **common)
     else:
-        ray.init(
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **common,
-        )
+        _start(ray, num_cpus=num_cpus, **common)
     STOP.restore()
     for name in ("ray", "ray.train", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return ray
+
+
+def _start(ray: Any, **settings: Any) -> None:
+    """Start a cluster on loopback."""
+    try:
+        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **settings)
+    except Exception as error:
+        # Seen at a load of nine processes per core; Ray has no class of its own for it.
+        if "timed out during startup" not in str(error):
+            raise
+        raise RunFailedError(
+            "Ray did not start within half a minute: this machine is too busy, or out of memory; "
+            "try again, or train without Ray (scaling.num_workers=0)"
+        ) from error
 
 
 def cluster_cpus() -> float:

@@ -12,9 +12,6 @@ import pytest
 from raysched.config.loading import write_yaml
 from raysched.distributed.launch import run_training
 from raysched.errors import RunFailedError
-from raysched.evaluation.model_source import load_model
-from raysched.models.weights import weights_sha256
-from raysched.training.checkpoint import checkpoint_folders
 from raysched.training.events import read_events
 from raysched.training.heartbeat import WORKERS_FOLDER
 from raysched.training.run_folder import open_run_folder, read_metrics
@@ -27,15 +24,11 @@ from tests.training.test_resume import start, wait_for_step
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_and_hung_workers_cost_nothing_but_time(tmp_path, ray_session):
-    """SIGKILL to one rank, then SIGSTOP to the other: the end is that of an undisturbed run.
-
-    With weights spread over the ranks: DDP's groups are killed in test_launch.
-    """
+    """SIGKILL to one rank, then SIGSTOP to the other: the end is that of an undisturbed run."""
     config = rollout_config(
-        training__budget__steps=150,
+        training__budget__steps=250,
         training__checkpoint_every_steps=20,
         scaling__num_workers=2,
-        scaling__strategy="fsdp",
         scaling__hang_timeout_s=3.0,
     )
     run_dir = tmp_path / "run"
@@ -65,10 +58,6 @@ def test_killed_and_hung_workers_cost_nothing_but_time(tmp_path, ray_session):
     straight = run_training(config, run_dir=straight_dir, report=lambda metrics: None)
     assert ended["result"].status == straight.status == "finished"
     assert ended["result"].weights_sha256 == straight.weights_sha256
-    newest = checkpoint_folders(run_dir)[-1]
-    assert len(list(newest.glob("model-*-of-00002.safetensors"))) == 2
-    whole = load_model(newest, "online").network.state_dict()
-    assert weights_sha256(whole) == straight.weights_sha256
     points, expected = (read_metrics(folder) for folder in (run_dir, straight_dir))
     assert [p["step"] for p in points] == [p["step"] for p in expected]
     losses = [[p["metrics"]["train/loss"] for p in some] for some in (points, expected)]

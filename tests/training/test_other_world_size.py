@@ -55,13 +55,17 @@ def deviations(run_dir: Path, other: Path) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "then"), [(1, 2)])
+@pytest.mark.parametrize(("first", "then", "strategy"), [(1, 2, "ddp"), (2, 1, "fsdp")])
 def test_a_run_goes_on_with_another_number_of_workers(
-    tmp_path, straight, first, then, monkeypatch
+    tmp_path, straight, first, then, strategy, monkeypatch
 ):
     monkeypatch.setattr("raysched.training.stop.POLL_S", 0.0)
-    assert train_part(tmp_path, first, {}, STOP_AT) == "stopped"
-    assert load_checkpoint(checkpoint_folders(tmp_path)[-1]).step == STOP_AT
+    workers = {"scaling__strategy": strategy, "scaling__num_workers": first}
+    changes = workers if strategy == "fsdp" else {}
+    assert train_part(tmp_path, first, changes, STOP_AT) == "stopped"
+    newest = checkpoint_folders(tmp_path)[-1]
+    assert load_checkpoint(newest).step == STOP_AT
+    assert len(list(newest.glob("model-*-of-*"))) == (first if strategy == "fsdp" else 0)
     assert train_part(tmp_path, then, {}, -1) == "finished"
     points, expected = read_metrics(tmp_path), read_metrics(straight)
     assert len(points) == len(expected) == STEPS
