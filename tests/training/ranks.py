@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 120
+LIMIT_S = 230
 LOOP = """
 import json, sys
 from pathlib import Path
@@ -54,10 +54,16 @@ def start_ranks(script: str, arguments: list[str], num_ranks: int) -> list[subpr
 def answers(ranks: list[subprocess.Popen]) -> list[Any]:
     """The JSON in each rank's last line of output."""
     found = []
-    for process in ranks:
-        text, errors = process.communicate(timeout=LIMIT_S)
-        assert process.returncode == 0, errors
-        found.append(json.loads(text.splitlines()[-1]))
+    try:
+        for process in ranks:
+            text, errors = process.communicate(timeout=LIMIT_S)
+            assert process.returncode == 0, errors
+            found.append(json.loads(text.splitlines()[-1]))
+    finally:
+        # Where one failed, the others wait for it.
+        for process in ranks:
+            process.kill()
+            process.wait()
     return found
 
 
