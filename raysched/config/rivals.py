@@ -40,7 +40,7 @@ class DefarConfig(Section):
     )
     jump_gradient: bool = Field(
         False,
-        description="Train through the jump, at 3 FE for its forward; beta1 small then.",
+        description="Train through the jump, at 3 FE for its forward.",
     )
 
 

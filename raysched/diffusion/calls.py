@@ -10,6 +10,7 @@ Legend: B samples, L lanes, W forwards in all, E kept states, D… sample dims.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,7 +64,7 @@ class CallPlan:
         samples: (W,) int64, which sample a row belongs to, call after call.
         rows: (W,) int64, which row of the state.
         timesteps: (W,) in the state's dtype.
-        coefficients: (num_terms, W, 1) in the state's dtype.
+        coefficients: (num_sources, num_rows, W, 1), folded, in the state's dtype.
         bounds: offsets of the calls.
         rolled: (L,) int64, the samples with k > 0.
         with_clean: whether each of them has a clean prediction too.
@@ -97,15 +98,20 @@ class CallPlan:
         return len(self.bounds) - 1
 
     @property
+    def sizes(self) -> list[int]:
+        """Rows of each call, without guidance's second run and padding."""
+        return [end - begin for begin, end in itertools.pairwise(self.bounds)]
+
+    @property
     def num_forwards(self) -> int:
         """Sample-forwards, clean predictions, guidance and padding included.
 
         A call without any row is filled so that it can be made; it stands for waiting and is
         not counted.
         """
-        sizes = [b - a for a, b in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
+        sizes = self.sizes
         if self.guided is not None:
-            twice = zip(self.guided.bounds[:-1], self.guided.bounds[1:], strict=True)
+            twice = itertools.pairwise(self.guided.bounds)
             sizes = [size + b - a for size, (a, b) in zip(sizes, twice, strict=True)]
         return sum(-(-size // self.bucket) * self.bucket for size in sizes)
 
@@ -215,10 +221,11 @@ class Layout:
         packing = pack_chains(lengths, capacity, self.options.least_calls)
         is_lane = packing.chain < num_lanes
         lane = torch.where(is_lane, packing.chain, packing.chain - num_lanes)
-        coefficients = table.coefficients[:, lane, packing.position]
+        coefficients = table.program.folded(table.coefficients[:, lane, packing.position])
         timesteps = table.timesteps[lane, packing.position]
         if clean_times is not None:
-            coefficients = torch.where(is_lane, coefficients, table.program.emitting()[:, None])
+            emitting = table.program.emitting()[:, :, None]
+            coefficients = torch.where(is_lane, coefficients, emitting)
             timesteps = torch.where(is_lane, timesteps, clean_times[lane])
         sizes_equal = packing.num_calls * lengths.numel() == packing.chain.numel()
         guided = None
@@ -230,7 +237,7 @@ class Layout:
             samples=to_device(self.rolled[lane], device),
             rows=to_device(packing.chain, device),
             timesteps=to_device(timesteps, device, dtype),
-            coefficients=to_device(coefficients[:, :, None], device, dtype),
+            coefficients=to_device(coefficients[..., None], device, dtype),
             bounds=packing.bounds,
             rolled=to_device(self.rolled, device),
             with_clean=clean_times is not None,

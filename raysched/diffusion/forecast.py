@@ -17,6 +17,7 @@ from raysched.config.run import RunConfig
 from raysched.diffusion.compute import GRADIENT_COST
 from raysched.diffusion.curriculum import max_offset_at, probability_at
 from raysched.diffusion.offset_law import OffsetLaw, offset_law
+from raysched.diffusion.schedules import CLAMP_TOLERANCE
 
 # A ramp is summed step by step up to so many steps, and by as many midpoints beyond.
 MAX_RAMP_STAGES = 4096
@@ -33,17 +34,24 @@ class StepForecast:
         num_unit_steps: sum of k.
         rollout: FE of making the inputs: the solver's forwards, clean and other predictions.
         training: FE of the gradient, states on the way that are trained on included.
+        max_offset: the largest k that there can be, clamped to the path and its windows.
     """
 
     num_rolled: float
     num_unit_steps: float
     rollout: float
     training: float
+    max_offset: int = 0
 
     @property
     def total(self) -> float:
         """FE of the step."""
         return self.rollout + self.training
+
+    @property
+    def mean_offset(self) -> float:
+        """Expected k of a rolled sample, clamped."""
+        return self.num_unit_steps / self.num_rolled if self.num_rolled else 0.0
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,8 @@ def step_forecast(config: RunConfig, step: int) -> StepForecast:
         + padding(config, law, chance)
         + other_forwards(config) * size,
         training=GRADIENT_COST * size * (1 + chance * law.passed),
+        # A target at the very end of the path has no chance, but a rounding's worth of one.
+        max_offset=sum(of_at_least > CLAMP_TOLERANCE for of_at_least in law.tail),
     )
 
 

@@ -46,7 +46,9 @@ def reflexflow_loss(
     """beta2·mean(w·r²) + beta1·|v/|v| - d/|d||², per sample (arXiv 2512.04904).
 
     r = v_pred - target, d = x_hat_t - x0, w = 1 + alpha·delta/norm(delta) with
-    delta = v_clean - v_pred, detached.
+    delta = v_clean - v_pred. d and w are constants, as the target is: where a gradient flows
+    through what made x_hat_t, it flows in by v_pred alone. Through d the model could meet the
+    direction term by drifting along its own velocity, and training collapsed.
 
     Args:
         v_pred: (B, D…), prediction at x_hat_t, with gradient.
@@ -71,7 +73,7 @@ def reflexflow_loss(
         assert v_clean is not None, "frequency compensation needs the clean prediction"
         weight = _compensation(_wide(v_clean).flatten(1) - v, alpha, norm)
         compensated = (weight * residual.square()).mean(dim=1)
-    direction = (_wide(x_hat_t) - _wide(x0)).flatten(1)
+    direction = (_wide(x_hat_t) - _wide(x0)).flatten(1).detach()
     drift = (_unit(v) - _unit(direction)).square().sum(dim=1)
     loss = beta2 * compensated + beta1 * drift
     return loss if rolled is None else torch.where(rolled.to(loss.device), loss, plain)

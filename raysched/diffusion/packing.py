@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,21 +55,25 @@ def pack_chains(lengths: Tensor, capacity: int, least_calls: int = 0) -> Packing
         least_calls: spread the forwards over so many calls if fewer would do; calls are empty
             where there are fewer forwards than that.
     """
-    total = int(lengths.sum())
+    # With numpy: a dozen operations on small arrays cost half of what torch takes.
+    length = lengths.numpy()
+    total = int(length.sum())
     num_calls = max(calls_needed(lengths, capacity), least_calls)
     if total == 0:
         empty = torch.empty(0, dtype=torch.int64)
         return Packing(empty, empty, (0,) * (num_calls + 1))
-    chain = torch.repeat_interleave(lengths)
-    begin = (torch.cumsum(lengths, dim=0) - lengths)[chain]
-    place = torch.arange(total)
-    slot, call = place // num_calls, place % num_calls
+    chain = np.repeat(np.arange(len(length)), length)
+    begin = np.cumsum(length) - length
+    # Of each chain: the slot that it begins in, and how much of it is left for the next one.
     first_slot = begin // num_calls
-    wrapped = (begin + lengths[chain] - (first_slot + 1) * num_calls).clamp_min(0)
-    offset = place - begin
-    unwrapped = lengths[chain] - wrapped
-    position = torch.where(slot == first_slot, offset + wrapped, offset - unwrapped)
-    order = torch.argsort(call * (int(slot[-1]) + 1) + slot)
-    sizes = torch.bincount(call, minlength=num_calls)
-    bounds = (0, *torch.cumsum(sizes, dim=0).tolist())
-    return Packing(chain[order], position[order], bounds)
+    wrapped = np.maximum(begin + length - (first_slot + 1) * num_calls, 0)
+    place = np.arange(total)
+    slot, call = np.divmod(place, num_calls)
+    in_first = slot == first_slot[chain]
+    position = place - np.where(
+        in_first, (begin - wrapped)[chain], (begin + length - wrapped)[chain]
+    )
+    order = np.argsort(call * (slot[-1] + 1) + slot)
+    sizes = np.bincount(call, minlength=num_calls)
+    bounds = (0, *np.cumsum(sizes).tolist())
+    return Packing(torch.from_numpy(chain[order]), torch.from_numpy(position[order]), bounds)

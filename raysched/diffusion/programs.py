@@ -1,4 +1,9 @@
-"""Solvers as programs: the state rows that each keeps, and how every forward combines them."""
+"""Solvers as programs: the state rows that each keeps, and how every forward combines them.
+
+A program names its updates one after another, as a paper would. Multiplied out, each new row is
+one linear combination of the old rows and the network's output, which is what the engine applies:
+fewer and larger operations for the same result.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raysched.config.run import SolverName
 
 Order = Literal["auto", 1, 2, 3]
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,42 @@ class Program:
         """(name, source) of every coefficient, in the order in which they are used."""
         return tuple((name, source) for name, sources in self.updates for source in sources)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What the new rows are linear combinations of, once the updates are folded."""
+        return (*self.rows, "out", *(("noise",) if self.is_noisy else ()))
+
+    def folded(self, coefficients: Tensor) -> Tensor:
+        """The updates multiplied out: coefficients of the new rows in the sources.
+
+        Args:
+            coefficients: (num_terms, …) of the terms, float64 on the CPU.
+
+        Returns:
+            (num_sources, num_rows, …).
+        """
+        weights = iter(coefficients.numpy())
+        one = np.ones(coefficients.shape[1:])
+        made: dict[str, dict[str, Array]] = {source: {source: one} for source in self.sources}
+        for name, parts in self.updates:
+            total: dict[str, Array] = {}
+            for part in parts:
+                weight = next(weights)
+                for source, share in made[part].items():
+                    product = weight if share is one else weight * share
+                    total[source] = total[source] + product if source in total else product
+            made[name] = total
+        out = np.zeros((len(self.sources), len(self.rows), *coefficients.shape[1:]))
+        for place, row in enumerate(self.rows):
+            for source, share in made[self.carry[row]].items():
+                out[self.sources.index(source), place] = share
+        return torch.from_numpy(out)
+
     def emitting(self) -> Tensor:
-        """Coefficients (num_terms,) with which x becomes the network's output, unchanged."""
-        ones = {("m", "out"), ("x", "out" if ("x", "out") in self.terms else "m")}
-        return torch.tensor([float(term in ones) for term in self.terms], dtype=torch.float64)
+        """Folded coefficients (num_sources, num_rows): x becomes the network's output."""
+        out = torch.zeros(len(self.sources), len(self.rows), dtype=torch.float64)
+        out[self.sources.index("out"), 0] = 1.0
+        return out
 
 
 EULER = Program(("x",), (("x", ("x", "out")),), {"x": "x"})

@@ -15,15 +15,16 @@ Legend: B samples, L lanes, W forwards in all, E kept states, D… sample dims.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from raysched.config.run import PredictionType, SolverName
 from raysched.diffusion.calls import CallOptions, CallPlan, Layout, plan_calls, state_dtype
-from raysched.diffusion.programs import Order, Program
+from raysched.diffusion.programs import Order
 from raysched.diffusion.schedules import NoiseSchedule
 from raysched.diffusion.solvers import SolverTable, build_table
 
@@ -117,50 +118,82 @@ def _run(
     program = calls.program
     zeros = torch.zeros_like(start)
     state = torch.stack([start if row in program.start else zeros for row in program.rows])
-    active = dict(zip(program.rows, state, strict=True))
     kept = None if calls.kept is None else start.new_empty(len(calls.kept.rows), start.shape[1])
-    given = _prepared(network, calls)
-    for call, (begin, end) in enumerate(zip(calls.bounds[:-1], calls.bounds[1:], strict=True)):
-        rows = calls.rows[begin:end]
-        if not calls.in_step:
-            active = dict(zip(program.rows, state.index_select(1, rows), strict=True))
+    for number, call in enumerate(_calls(network, calls)):
+        active = state if calls.in_step else state.index_select(1, call.rows)
         if kept is not None and calls.kept is not None:
-            places, slots = calls.kept.of(call)
-            kept.index_copy_(0, slots, active["x"].index_select(0, places).detach())
-        sample = active["x"].view(-1, *shape)
-        out = _predict(network, sample, calls, call, given).flatten(1).to(start.dtype)
-        if begin == end:
+            places, slots = calls.kept.of(number)
+            kept.index_copy_(0, slots, active[0].index_select(0, places).detach())
+        sample = active[0].view(-1, *shape)
+        out = _predict(network, sample, calls, number, call).flatten(1).to(start.dtype)
+        if not len(call.rows):
             continue
-        noise = None if calls.noise is None else calls.noise[begin:end]
-        values = _advance(program, active, out, calls.coefficients[:, begin:end], noise)
-        active = {row: values[name] for row, name in program.carry.items()}
-        if not calls.in_step:
-            state.index_copy_(1, rows, torch.stack([active[row] for row in program.rows]))
-    return active["x"] if calls.in_step else state[0], kept
+        new = _advance(active, out, call)
+        if calls.in_step:
+            state = new
+        else:
+            state.index_copy_(1, call.rows, new)
+    return state[0], kept
 
 
-def _prepared(network: LaneNetwork, calls: CallPlan) -> list[tuple[Tensor, ...]]:
-    """Each call's rows of what the network makes of times and lanes alone; empty if nothing."""
+class _Call(NamedTuple):
+    """One call's rows of what a plan has for all: n rows of the state, their times and samples.
+
+    Attributes:
+        rows: (n,).
+        timesteps: (n,).
+        samples: (n,).
+        coefficients: of each source, (num_rows, n, 1).
+        noise: (n, D) of ancestral steps, else None.
+        given: n rows each of what the network made of times and samples beforehand.
+    """
+
+    rows: Tensor
+    timesteps: Tensor
+    samples: Tensor
+    coefficients: tuple[Tensor, ...]
+    noise: Tensor | None
+    given: tuple[Tensor, ...]
+
+
+def _calls(network: LaneNetwork, calls: CallPlan) -> Iterator[_Call]:
+    """A plan's tensors, cut into calls all at once."""
+    sizes = calls.sizes
+    per_source = (torch.split(source, sizes, dim=1) for source in calls.coefficients.unbind(0))
+    given = [torch.split(part, sizes) for part in _prepared(network, calls)]
+    noise: Sequence[Tensor | None] = (None,) * len(sizes)
+    if calls.noise is not None:
+        noise = torch.split(calls.noise, sizes)
+    return map(
+        _Call._make,
+        zip(
+            torch.split(calls.rows, sizes),
+            torch.split(calls.timesteps, sizes),
+            torch.split(calls.samples, sizes),
+            zip(*per_source, strict=True),
+            noise,
+            zip(*given, strict=True) if given else ((),) * len(sizes),
+            strict=True,
+        ),
+    )
+
+
+def _prepared(network: LaneNetwork, calls: CallPlan) -> tuple[Tensor, ...]:
+    """What the network makes of all times and lanes alone, W rows each; empty if nothing."""
     prepare = getattr(network, "prepare", None)
-    if prepare is None or calls.guided is not None or calls.bucket > 1:
-        return []
-    sizes = [end - begin for begin, end in zip(calls.bounds[:-1], calls.bounds[1:], strict=True)]
-    whole = prepare(calls.timesteps, calls.samples) if min(sizes) else ()
-    return list(zip(*(part.split(sizes) for part in whole), strict=True))
+    if prepare is None or calls.guided is not None or calls.bucket > 1 or not min(calls.sizes):
+        return ()
+    whole: tuple[Tensor, ...] = prepare(calls.timesteps, calls.samples)
+    return whole
 
 
 def _predict(
-    network: LaneNetwork,
-    sample: Tensor,
-    calls: CallPlan,
-    call: int,
-    given: list[tuple[Tensor, ...]],
+    network: LaneNetwork, sample: Tensor, calls: CallPlan, number: int, call: _Call
 ) -> Tensor:
     """One network call, with guidance and padding: (n, D…) -> (n, D…)."""
-    begin, end = calls.bounds[call], calls.bounds[call + 1]
-    timestep, lanes = calls.timesteps[begin:end], calls.samples[begin:end]
+    num_rows, timestep, lanes = len(sample), call.timesteps, call.samples
     if calls.guided is not None:
-        twice, _ = calls.guided.of(call)
+        twice, _ = calls.guided.of(number)
         sample = torch.cat([sample, sample.index_select(0, twice)])
         timestep = torch.cat([timestep, timestep.index_select(0, twice)])
         lanes = torch.cat([lanes, lanes.index_select(0, twice) + calls.num_samples])
@@ -169,37 +202,25 @@ def _predict(
         sample = torch.cat([sample, sample.new_zeros(missing, *sample.shape[1:])])
         timestep = torch.cat([timestep, timestep.new_zeros(missing)])
         lanes = torch.cat([lanes, lanes.new_zeros(missing)])
-    known: dict[str, Any] = {"given": given[call]} if given else {}
+    known: dict[str, Any] = {"given": call.given} if call.given else {}
     out = network(sample=sample, timestep=timestep, lanes=lanes, **known)
     if calls.guided is None:
-        return out[: end - begin] if missing else out
-    labelled, blind = out[: end - begin], out[end - begin : end - begin + len(twice)]
+        return out[:num_rows] if missing else out
+    labelled, blind = out[:num_rows], out[num_rows : num_rows + len(twice)]
     guided = torch.lerp(blind, labelled.index_select(0, twice), calls.guidance_scale)
     return labelled.index_copy(0, twice, guided)
 
 
-def _advance(
-    program: Program,
-    active: dict[str, Tensor],
-    out: Tensor,
-    coefficients: Tensor,
-    noise: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Apply a program's updates: values (n, D), coefficients (num_terms, n, 1).
+def _advance(active: Tensor, out: Tensor, call: _Call) -> Tensor:
+    """The new rows (num_rows, n, D) of the old ones and the network's output (n, D).
 
     Plain multiply-adds on purpose: a matrix product would run in TF32 on some devices.
     """
-    values = {**active, "out": out}
-    if noise is not None:
-        values["noise"] = noise
-    term = 0
-    for name, sources in program.updates:
-        total = values[sources[0]] * coefficients[term]
-        for place, source in enumerate(sources[1:], start=term + 1):
-            total.addcmul_(values[source], coefficients[place])
-        term += len(sources)
-        values[name] = total
-    return values
+    sources = [*active, out] if call.noise is None else [*active, out, call.noise]
+    new: Tensor = call.coefficients[0] * sources[0]
+    for coefficient, source in zip(call.coefficients[1:], sources[1:], strict=True):
+        new.addcmul_(coefficient, source)
+    return new
 
 
 def integrate(

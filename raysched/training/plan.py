@@ -52,6 +52,8 @@ class Plan:
         training: FE of the gradient steps.
         fe_per_step_start: FE of the first step.
         fe_per_step_end: FE of the last step.
+        max_offset: the largest k in the last step, clamped to the path and its windows.
+        mean_offset: the expected k of a rolled sample there, clamped.
         seconds_per_forward_equivalent: mean over the run.
         seconds_per_step: mean over the run.
         evaluation_seconds: all evaluations that training waits for, on top of `seconds`.
@@ -72,6 +74,8 @@ class Plan:
     training: float
     fe_per_step_start: float
     fe_per_step_end: float
+    max_offset: int
+    mean_offset: float
     seconds_per_forward_equivalent: float
     seconds_per_step: float
     evaluation_seconds: float
@@ -121,6 +125,8 @@ def plan_run(
         training=forecast.training,
         fe_per_step_start=forecast.first.total,
         fe_per_step_end=forecast.last.total,
+        max_offset=forecast.last.max_offset,
+        mean_offset=forecast.last.mean_offset,
         seconds_per_forward_equivalent=seconds / forecast.forward_equivalents,
         seconds_per_step=seconds / forecast.steps,
         evaluation_seconds=evaluation,
@@ -188,6 +194,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         "  per step, first / last",
         f"{plan.fe_per_step_start:,.1f} / {plan.fe_per_step_end:,.1f}",
     )
+    if plan.max_offset:
+        yield "  k at the end, mean / largest", f"{plan.mean_offset:.2f} / {plan.max_offset}"
     yield "time without evaluation", _duration(plan.seconds)
     yield "  per 1,000 FE", f"{1000 * plan.seconds_per_forward_equivalent:.3g} s"
     yield "evaluations", f"{plan.num_evaluations}, {_duration(plan.evaluation_seconds)} in all"

@@ -143,12 +143,17 @@ def defar(run: Run, batch: Batch) -> TrainingInputs:
     """DEFAR (Huang et al. 2026, arXiv 2606.28226): train on one's own jump of random length.
 
     Every sample jumps by the model's velocity from a noisier time, uniform in (t, 1], to t; the
-    loss is ReflexFlow's anti-drift term and frequency compensation towards the target that leads
-    to x0. It is scheduled sampling with `grid: jump` for every sample. With `jump_gradient` the
-    latent stays differentiable in both terms' inputs; labels and weights are constants. Nothing
-    trains the velocity at the source directly, so that a strong anti-drift term can then be met
-    by drifting more. Costs B for the jump (3B with its gradient) and B for the clean prediction
-    unless alpha is 0.
+    loss is ReflexFlow's anti-drift term plus its frequency-compensated flow-matching loss towards
+    the target that leads to x0. It is scheduled sampling with `grid: jump` for every sample.
+    With `jump_gradient` the gradient flows through the jump into the prediction that made it;
+    labels, targets, the drift's direction and weights are constants.
+
+    Costs B for the jump (3B with its gradient) and B for the clean prediction unless alpha is 0:
+    5/3 of plain training, 7/3 with the gradient.
+
+    The one-step simulation and the sum of the two terms are the paper's. It has published no
+    code, and these are not verified against it: the law of the jump's length, whether the
+    gradient flows through it, and that the compensated loss lies at the self-made state.
     """
     return scheduled_sampling(run, batch)
 

@@ -196,6 +196,8 @@ def _result(
         rollout={
             "rollout/fraction": num_rolled / size,
             "rollout/mean_offset": num_steps / per_rolled,
+            # Of the global batch's draws, which every rank knows.
+            "rollout/clamped": batch.plan.num_clamped / size,
             "rollout/drift": total_drift / per_rolled,
             "rollout/fallbacks": fallbacks / per_rolled,
             "rollout/original_targets": original / per_rolled,

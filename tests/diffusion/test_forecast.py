@@ -166,6 +166,79 @@ def test_the_forecast_is_within_two_percent_of_drawn_plans(case: str) -> None:
     assert forecast.forward_equivalents == pytest.approx(drawn_cost(config, 300), rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["flow", "cosine"])
+@pytest.mark.parametrize("source_t_max", [1.0, 0.75])
+def test_the_forecast_tells_k_as_it_is_clamped(kind: str, source_t_max: float) -> None:
+    rollout = {"max_step_offset": 15, "probability": 1.0, "grid": 10}
+    prediction = "flow_matching" if kind == "flow" else "sample"
+    config = run_config(
+        {**rollout, "source_t_max": source_t_max},
+        prediction_type=prediction,
+        noise_schedule={"kind": kind},
+    )
+    schedule, indices = NoiseSchedule.from_config(config.noise_schedule), torch.arange(40_000)
+    target_u = schedule.training_u(uniforms(1, "time", 0, indices)[:, 0])
+    plan = draw_plan(config, schedule, target_u, 1, 0, indices)
+    k = plan.num_steps[plan.rolled].double()
+    step = step_forecast(config, 0)
+    assert step.max_offset == int(k.max()) == (9 if source_t_max == 1 else 7)
+    assert step.mean_offset == pytest.approx(float(k.mean()), rel=0.02)
+    assert plan.num_clamped > 0.5 * len(indices)
+
+
+RANDOM: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (
+        {
+            "max_step_offset": int(K),
+            "grid": grid,
+            "strategy": strategy,
+            "reuse": reuse,
+            "t_min": 0.1,
+            "t_max": 0.8,
+            "source_t_max": 0.9,
+            "ramp_steps": 40,
+            "prob_start": 0.2,
+            "prob_end": 1.0,
+            "ramp_shape": shape,
+            "offset_ramp_steps": 25,
+            "offset_start": 1,
+        },
+        sections,
+    )
+    for K, grid, strategy, reuse, shape, sections in (
+        (5, 17, "uniform", "all", "linear", {"noise_schedule": {"shift": 3.0}}),
+        (30, 100, "biased_early", 3, "cosine", {}),
+        (
+            10,
+            20,
+            "biased_late",
+            2,
+            "linear",
+            {"prediction_type": "epsilon", "noise_schedule": {"num_train_timesteps": 37}},
+        ),
+    )
+]
+
+
+@pytest.mark.parametrize(("rollout", "sections"), RANDOM)
+def test_the_forecast_is_the_mean_of_independent_draws(
+    rollout: dict[str, Any], sections: dict[str, Any]
+) -> None:
+    # Sharper than two percent: within four standard errors of 80 steps of 64 samples.
+    config = run_config(rollout, **sections)
+    schedule, size = NoiseSchedule.from_config(config.noise_schedule), 64
+    clean, surplus = int(bool(config.rollout.reflexflow)), []
+    for step in range(80):
+        indices = torch.arange(step * size, (step + 1) * size)
+        target_u = schedule.training_u(uniforms(5, "time", step, indices)[:, 0])
+        plan = draw_plan(config, schedule, target_u, 5, step, indices)
+        spent = int(plan.num_steps.sum()) + clean * plan.num_rolled
+        spent += 3 * (size + len(passed_states(plan, schedule, config.rollout)))
+        surplus.append(spent - step_forecast(config, step).total)
+    each = torch.tensor(surplus, dtype=torch.float64)
+    assert abs(float(each.mean())) < 4 * float(each.std()) / len(each) ** 0.5
+
+
 def test_the_ramp_is_summed_step_by_step() -> None:
     config = run_config(RAMP, training={"budget": {"steps": 150}})
     by_hand = sum(step_forecast(config, step).total for step in range(150))

@@ -79,6 +79,25 @@ def test_no_gradient_flows_through_the_compensation_weight() -> None:
     torch.testing.assert_close(v.grad, torch.tensor([[1.25 * 2, 0.25 * 3]]))
 
 
+def test_no_gradient_flows_through_the_drifts_direction() -> None:
+    # A latent that its own prediction made: the slope of the loss is that of the prediction at a
+    # fixed direction, not the one with which the drift would follow the prediction.
+    w = torch.tensor([0.6], requires_grad=True)
+    made = torch.tensor([[3.0, 1.0]]) * w
+    reflexflow_loss(
+        torch.cat([w, w * w])[None], TARGET, made, ORIGIN, None, alpha=0.0, beta1=1.0, beta2=0.0
+    ).backward()
+    fixed = made.detach()
+
+    def loss(value: float) -> float:
+        v = torch.tensor([[value, value * value]])
+        found = reflexflow_loss(v, TARGET, fixed, ORIGIN, None, alpha=0.0, beta1=1.0, beta2=0.0)
+        return float(found)
+
+    assert w.grad is not None
+    assert float(w.grad) == pytest.approx((loss(0.605) - loss(0.595)) / 0.01, rel=1e-3)
+
+
 def test_both_terms_add_up() -> None:
     clean = V + torch.tensor([[1.0, -3.0]])
     drift = torch.tensor([[5.0, 0.0]])
