@@ -27,7 +27,7 @@ MAX_CORNERS, NUM_RANDOM = 20_000, 500
 
 
 def early_mistakes(
-    sweep: SweepConfig, config: RunConfig, budget: float, source: str
+    sweep: SweepConfig, config: RunConfig, budget: float, source: str, *, sound: bool
 ) -> list[Finding]:
     """What is wrong with a sweep's early stopping.
 
@@ -36,6 +36,7 @@ def early_mistakes(
         config: its base run.
         budget: F.
         source: its file.
+        sound: whether combinations of its space can be drawn: it has no mistake of its own.
     """
     early, found = sweep.early_stopping, []
 
@@ -46,8 +47,10 @@ def early_mistakes(
         refuse("kind", f"must be mo_asha or none with objective.several, got {early.kind}")
     if not sweep.objective.several and early.kind == "mo_asha":
         refuse("kind", "mo_asha needs objective.several; with one objective use asha")
+    if early.kind == "none" or not sound:
+        return found
     needed, end = ramp_end(sweep, config)
-    if early.kind != "none" and early.grace_fraction * budget < needed:
+    if early.grace_fraction * budget < needed:
         refuse(
             "grace_fraction",
             f"must not end before the ramp does (step {end}, up to {needed:,.0f} forward "

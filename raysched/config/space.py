@@ -134,7 +134,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:
     assert sweep is not None, "a sweep without findings is valid"
     base = Loaded(config, [], nested(merged), written.source)
     wrong, idle = structure_findings(sweep, config, base.raw, source)
-    wrong += early_mistakes(sweep, config, sweep_budget(sweep, config), source)
+    budget = sweep_budget(sweep, config)
+    wrong += early_mistakes(sweep, config, budget, source, sound=not wrong)
     raise_findings([*wrong, *objective_mistakes(sweep, config, source)])
     warnings = [*sweep_warnings(sweep, config, merged, written, source), *idle]
     return LoadedSweep(sweep, base, source, warnings)

@@ -287,7 +287,7 @@ def test_searching_the_sampler_on_the_training_grid_warns(sweep):
 
 def test_stopping_trials_within_their_ramp_is_refused(sweep):
     space = {f"{SS}.ramp_steps": {"randint": [1, 500]}}
-    with pytest.raises(ConfigError, match=r"early_stopping\.grace_fraction: .*step 500"):
+    with pytest.raises(ConfigError, match=r"early_stopping\.grace_fraction: .*step 499"):
         sweep("training.budget.steps=1000", space=space)
     assert sweep("training.budget.steps=4000", space=space).warnings == []
 
