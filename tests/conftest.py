@@ -19,6 +19,11 @@ os.environ.update(QUIET_ENVIRONMENT)
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", RAY_AUTH_MODE="disabled")
 for _name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYSCHED_DEBUG"):
     os.environ.pop(_name, None)
+# Started in the background (`nohup … &`) they would be ignored here and in all processes below.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 _CACHE = tempfile.mkdtemp(prefix="raysched-test-cache-")
 os.environ["RAYSCHED_CACHE"] = _CACHE
 
