@@ -29,6 +29,8 @@ from raysched.tuning.trial import TrialPlan, run_trial
 
 # A stopping trial saves a checkpoint after its current step or evaluation.
 PATIENCE_S = 120.0
+# Runs of Tune in one session: more than the first only for trials that were lost at its end.
+MAX_ROUNDS = 3
 
 
 def remaining_trials(loaded: LoadedSweep, journal: Journal) -> int:
@@ -111,11 +113,32 @@ def search(
     store: SweepStore | None,
     console: Console,
 ) -> bool:
-    """Run what is left to run; True if the sweep was asked to stop."""
+    """Run what is left to run; True if the sweep was asked to stop.
+
+    Tune is done once its searcher has had nothing more to suggest: a trial that is lost with its
+    node after that is run by another round.
+    """
+    objectives = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
+    for _ in range(MAX_ROUNDS):
+        if not remaining_trials(loaded, journal) or hopeless(journal, objectives) is not None:
+            return False
+        if _search_round(loaded, journal, plan, store, console):
+            return True
+        if all(record.ended for record in journal.ordered()):
+            return False
+    return False
+
+
+def _search_round(
+    loaded: LoadedSweep,
+    journal: Journal,
+    plan: TrialPlan,
+    store: SweepStore | None,
+    console: Console,
+) -> bool:
+    """One run of Tune over what is left; True if the sweep was asked to stop."""
     num_trials = remaining_trials(loaded, journal)
     objectives = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
-    if not num_trials or hopeless(journal, objectives) is not None:
-        return False
     from raysched.distributed.runtime import ensure_ray
 
     ensure_ray()
