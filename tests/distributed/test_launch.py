@@ -77,7 +77,7 @@ def test_an_error_of_the_users_in_a_worker_is_one_message(tmp_path, ray_session)
 
 
 TWO_WORKERS = rollout_config(
-    training__budget__steps=120, training__checkpoint_every_steps=20, scaling__num_workers=2
+    training__budget__steps=200, training__checkpoint_every_steps=20, scaling__num_workers=2
 )
 
 

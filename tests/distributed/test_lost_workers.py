@@ -26,7 +26,7 @@ from tests.training.test_resume import start, wait_for_step
 def test_killed_and_hung_workers_cost_nothing_but_time(tmp_path, ray_session):
     """SIGKILL to one rank, then SIGSTOP to the other: the end is that of an undisturbed run."""
     config = rollout_config(
-        training__budget__steps=120,
+        training__budget__steps=250,
         training__checkpoint_every_steps=20,
         scaling__num_workers=2,
         scaling__hang_timeout_s=3.0,
@@ -94,7 +94,7 @@ def test_a_lost_node_costs_one_interval_where_another_has_room(tmp_path, monkeyp
     from ray.cluster_utils import Cluster
 
     config = rollout_config(
-        training__budget__steps=120,
+        training__budget__steps=250,
         training__checkpoint_every_steps=20,
         scaling__num_workers=1,
     )
