@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -76,30 +78,32 @@ def test_an_error_of_the_users_in_a_worker_is_one_message(tmp_path, ray_session)
     assert "Traceback" not in result.error
 
 
-TWO_WORKERS = rollout_config(
-    training__budget__steps=200, training__checkpoint_every_steps=20, scaling__num_workers=2
-)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def undisturbed(folder: Path, workers: int) -> dict:
     """What the command says about a run that nobody disturbs; the config is beside its folder."""
-    folder = tmp_path_factory.mktemp("straight")
-    write_yaml(TWO_WORKERS, folder / "config.yaml")
+    config = rollout_config(
+        training__budget__steps=200,
+        training__checkpoint_every_steps=20,
+        scaling__num_workers=workers,
+    )
+    write_yaml(config, folder / "config.yaml")
     process = start(folder / "run", "--json")
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     result: dict = json.loads(out)
-    return result
+    return {**result, "folder": folder}
 
 
-# Without Ray: test_verify_resume.
+@pytest.fixture(scope="module", params=[1, 2])
+def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return undisturbed(tmp_path_factory.mktemp("straight"), request.param)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGKILL", -9)])
-def test_a_signal_to_the_driver_of_two_workers_costs_nothing(tmp_path, straight, name, code):
-    write_yaml(TWO_WORKERS, tmp_path / "config.yaml")
+def test_a_signal_to_the_driver_costs_nothing(tmp_path, straight, name, code):
+    shutil.copy(straight["folder"] / "config.yaml", tmp_path)
     run_dir = tmp_path / "run"
     process = start(run_dir)
     wait_for_step(process, run_dir, 30)
