@@ -122,7 +122,7 @@ def search(
     for _ in range(MAX_ROUNDS):
         if not remaining_trials(loaded, journal) or hopeless(journal, objectives) is not None:
             return False
-        if _search_round(loaded, journal, plan, store, console):
+        if _search_round(loaded, journal, plan, objectives, store, console):
             return True
         if all(record.ended for record in journal.ordered()):
             return False
@@ -133,12 +133,12 @@ def _search_round(
     loaded: LoadedSweep,
     journal: Journal,
     plan: TrialPlan,
+    objectives: Objectives,
     store: SweepStore | None,
     console: Console,
 ) -> bool:
     """One run of Tune over what is left; True if the sweep was asked to stop."""
     num_trials = remaining_trials(loaded, journal)
-    objectives = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
     from raysched.distributed.runtime import ensure_ray
 
     ensure_ray()
