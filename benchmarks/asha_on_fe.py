@@ -29,7 +29,7 @@ from raysched.tuning.records import TrialRecord
 from raysched.tuning.replay import replay
 
 SPACE = Path(__file__).parents[1] / "tune_spaces" / "digits_rollout.yaml"
-GRACES, FACTORS, EVALUATIONS = (0.25, 2 / 9, 1 / 9), (2.0, 3.0, 4.0), 9
+GRACES, FACTORS, EVALUATIONS = (0.25, 0.125), (2.0, 3.0, 4.0), 8
 
 
 def train(folder: Path, num_trials: int, budget: float) -> None:

@@ -42,7 +42,8 @@ from raysched.training.heartbeat import WORKERS_FOLDER
 from raysched.training.run_folder import read_last_point
 
 WARM_UP_STEPS = 50
-LOG_EVERY = 2
+# Fine enough to count steps by; the default is 10.
+LOG_EVERY = 5
 BLOCKS = 5
 
 
@@ -198,9 +199,9 @@ def main() -> None:
     """Measure, then print."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object only")
-    parser.add_argument("--steps", type=int, default=500, help="measured steps of each run")
+    parser.add_argument("--steps", type=int, default=1000, help="measured steps of each run")
     parser.add_argument("--limit", type=float, default=900.0, help="most seconds of turns")
-    parser.add_argument("--turn", type=float, default=4.0, help="seconds of a turn")
+    parser.add_argument("--turn", type=float, default=8.0, help="seconds of a turn")
     parser.add_argument("--batch", type=int, default=64, help="samples per worker and step")
     parser.add_argument("--no-overhead", action="store_true", help="only the two workers")
     parser.add_argument("--no-scaling", action="store_true", help="leave the two workers out")

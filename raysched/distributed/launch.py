@@ -41,8 +41,8 @@ from raysched.training.run_folder import WRITER_LOCK, own_run_folder
 
 log = logging.getLogger(__name__)
 ReportCallback = Callable[[Mapping[str, float]], None]
-# How often the caller looks whether the trainer's thread has ended.
-QUEUE_WAIT_S = 0.25
+# How often the driver looks after its workers while they report nothing.
+QUEUE_WAIT_S = 1.0
 # How long the workers of a killed driver may need to notice.
 WRITER_WAIT_S = 60.0
 
@@ -131,6 +131,7 @@ def _tell(run_dir: Path, text: str) -> None:
 
 def _run_trainer(config: RunConfig, job: WorkerJob, report: ReportCallback) -> RunResult:
     import ray
+    from ray.exceptions import RayActorError
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -145,6 +146,10 @@ def _run_trainer(config: RunConfig, job: WorkerJob, report: ReportCallback) -> R
             outcome["result"] = trainer.fit()
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread below
             outcome["error"] = error
+        finally:
+            # A queue that is gone has ended the wait for it as well.
+            with contextlib.suppress(RayActorError):
+                queue.put(None)
 
     thread = threading.Thread(target=fit, name="raysched-trainer", daemon=True)
     thread.start()
@@ -189,16 +194,21 @@ def _watch(config: RunConfig, job: WorkerJob) -> Callable[[], None]:
 def _relay(
     queue: Any, thread: threading.Thread, report: ReportCallback, look: Callable[[], None]
 ) -> None:
+    """Hand on what the workers report, until the trainer's thread puts None or is dead."""
     from ray.util.queue import Empty
 
     while True:
         alive = thread.is_alive()
         try:
-            report(queue.get(timeout=QUEUE_WAIT_S))
+            metrics = queue.get(timeout=QUEUE_WAIT_S)
         except Empty:
             look()
             if not alive:
                 return
+            continue
+        if metrics is None:
+            return
+        report(metrics)
 
 
 def _make_trainer(config: RunConfig, job: WorkerJob, queue: Any) -> Any:

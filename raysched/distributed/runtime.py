@@ -15,8 +15,9 @@ QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    # ray.train.report is throttled to one per interval; evaluations come more often than 2 s.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # ray.train.report is throttled to one per interval, and evaluations come more often than
+    # every 2 s; each look interrupts all workers, which wait for one another.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Drivers of trials take no CPU: more processes than CPUs are meant, not a leak to warn of.
     "RAY_worker_maximum_startup_concurrency": "16",
     "RAY_AIR_NEW_OUTPUT": "0",

@@ -40,9 +40,13 @@ class Denoiser(nn.Module):
         """The label that means "no label"."""
         return self.num_classes
 
-    def compile_backbone(self) -> None:
-        """Compile the backbone in place, for any number of rows; names of weights stay."""
-        self.backbone.compile()
+    def compile_backbone(self, options: dict[str, Any] | None = None) -> None:
+        """Compile the backbone in place, for any number of rows; names of weights stay.
+
+        Args:
+            options: of torch's compiler.
+        """
+        self.backbone.compile(options=options)
         self._is_compiled = True
 
     def forward(

@@ -25,7 +25,6 @@ from raysched.diffusion.randomness import normals, uniforms
 from raysched.training.batch import Batch
 from raysched.training.exposure import scheduled_sampling, teacher_forced
 from raysched.training.inputs import TrainingInputs
-from raysched.training.rollout_step import micro_batch_size
 from raysched.training.setup import Run
 
 
@@ -192,7 +191,7 @@ def _micro_batches(run: Run, chosen: Tensor, most: int) -> list[Tensor]:
 
     As many parts as `most` rows make; those at the end may be empty.
     """
-    size = micro_batch_size(run)
+    size = run.micro_batch_size
     return [chosen[start : start + size] for start in range(0, most, size)]
 
 

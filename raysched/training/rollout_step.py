@@ -124,7 +124,7 @@ def _call_plan(
 ) -> CallPlan:
     """The calls of this rank's rollouts; as many on every rank."""
     settings = run.config.rollout
-    capacity = micro_batch_size(run)
+    capacity = run.micro_batch_size
     options = CallOptions(
         with_clean=with_clean,
         guidance_scale=settings.guidance_scale,
@@ -146,12 +146,6 @@ def _call_plan(
         device=x_t.device,
         dtype=x_t.dtype,
     )
-
-
-def micro_batch_size(run: Run) -> int:
-    """Rows of this rank's micro-batches, the most that a network call gets."""
-    training = run.config.training
-    return -(-training.batch_size // (run.world_size * training.gradient_accumulation))
 
 
 def _most_calls(run: Run, batch: Batch, capacity: int, with_clean: bool) -> int:
@@ -210,7 +204,7 @@ def clean_predictions(run: Run, batch: Batch, x_t: Tensor) -> tuple[Tensor, Tens
     timestep = to_device(run.schedule.model_time(batch.plan.target_u), x_t.device, x_t.dtype)
     network, clean = PolicyNetwork(run, batch), torch.zeros_like(x_t)
     run.policy.train(run.config.rollout.dropout)
-    for part in _parts(chosen, micro_batch_size(run)):
+    for part in _parts(chosen, run.micro_batch_size):
         clean[part] = network(sample=x_t[part], timestep=timestep[part], lanes=part.to(x_t.device))
     failed = ~clean.isfinite().flatten(1).all(dim=1)
     return torch.where(row_mask(failed, clean), torch.zeros_like(clean), clean), failed

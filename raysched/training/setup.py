@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raysched.config.run import RunConfig
 from raysched.data.dataset import ImageDataset, load_dataset
 from raysched.diffusion.compute import ComputeMeter
+from raysched.diffusion.randomness import generator
 from raysched.diffusion.schedules import NoiseSchedule
 from raysched.errors import ConfigError
 from raysched.models.ema import EMA
@@ -21,7 +22,7 @@ from raysched.models.networks import Denoiser, build_network
 from raysched.models.sharding import local
 from raysched.models.tracing import TracedForward, trace_forward
 from raysched.training.budget import fraction_spent
-from raysched.training.compiling import compile_network
+from raysched.training.compiling import check_gradients, compile_network
 from raysched.training.initial import initialise
 from raysched.training.strategies import check_wrapping, shard, wants_shards
 
@@ -69,6 +70,12 @@ class Run:
     def world_size(self) -> int:
         """Number of workers."""
         return int(self.accelerator.num_processes)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of this rank's micro-batches, the most that a network call gets."""
+        training = self.config.training
+        return -(-training.batch_size // (self.world_size * training.gradient_accumulation))
 
     @property
     def parameter_names(self) -> list[str]:
@@ -217,7 +224,28 @@ def build_run(config: RunConfig) -> Run:
         meter=ComputeMeter(accelerator.device),
     )
     check_wrapping(config, run.network, run.world_size)
+    if config.training.compile:
+        _check_compiled(run)
     return run
+
+
+def _check_compiled(run: Run) -> None:
+    """Compare the gradients of a micro-batch of noise, compiled and not."""
+    data, rows = run.dataset, run.micro_batch_size
+    draws = generator(run.config.seed, "compiled_gradients")
+    shape = (rows, data.channels, data.image_size, data.image_size)
+    given = {
+        "sample": torch.randn(shape, generator=draws),
+        "timestep": 1000.0 * torch.rand(rows, generator=draws),
+        "class_labels": torch.arange(rows) % (data.num_classes + 1),
+    }
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    check_gradients(
+        run.network,
+        {name: tensor.to(run.device) for name, tensor in given.items()},
+        run.accelerator.autocast,
+        precision[run.config.training.precision],
+    )
 
 
 def make_accelerator(config: RunConfig) -> Any:

@@ -17,7 +17,6 @@ from raysched.diffusion.randomness import generator
 from raysched.training.batch import Batch, draw_batch
 from raysched.training.inputs import TrainingInputs
 from raysched.training.methods import METHODS
-from raysched.training.rollout_step import micro_batch_size
 from raysched.training.setup import Run
 from raysched.training.strategies import gradient_sync
 
@@ -116,7 +115,7 @@ def micro_batches(run: Run, num_rows: int, most_rows: int) -> tuple[Tensor, ...]
         (m,) rows each; empty at the end where there are fewer rows than micro-batches.
     """
     least = run.config.training.gradient_accumulation
-    number = max(least, -(-most_rows // micro_batch_size(run)))
+    number = max(least, -(-most_rows // run.micro_batch_size))
     return torch.arange(num_rows).tensor_split(number)
 
 

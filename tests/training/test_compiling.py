@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 from raysched.config.run import RunConfig
 from raysched.errors import ConfigError
+from raysched.models.networks import Denoiser
 from raysched.training.setup import build_run
 from raysched.training.train_step import train_step
 from tests.training.runs import rollout_config
 
 
 def tiny(**changes: Any) -> RunConfig:
-    settings = {"model__block_out_channels": [4], "training__gradient_accumulation": 2}
+    settings = {"model__block_out_channels": [4, 8], "training__gradient_accumulation": 2}
     return rollout_config(**{**settings, **changes})
 
 
-def test_weights_and_averages_have_the_names_of_the_plain_module():
+def compile_by(monkeypatch: pytest.MonkeyPatch, backend: str | Callable[..., Any]) -> None:
+    def compile_backbone(self: Denoiser, options: object) -> None:
+        self.backbone.compile(backend=backend)
+        self._is_compiled = True
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(Denoiser, "compile_backbone", compile_backbone)
+
+
+def test_weights_and_averages_have_the_names_of_the_plain_module(monkeypatch):
+    compile_by(monkeypatch, "aot_eager")
     plain, compiled = (build_run(tiny(training__compile=on)) for on in (False, True))
     assert compiled.policy.backbone._compiled_call_impl is not None
     assert compiled.average.backbone._compiled_call_impl is not None
@@ -47,9 +60,11 @@ def test_compiled_steps_and_rollouts_give_the_same_losses_without_compiling_agai
     assert 2 <= counters["stats"]["unique_graphs"] <= 3
 
 
-def test_no_compiler_is_one_message_before_training(monkeypatch):
-    monkeypatch.setattr(inductor_config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ConfigError, match=r"training.compile: .* C\+\+ compiler .* set training"):
+def test_no_compiler_is_one_message_before_training():
+    expected = pytest.raises(
+        ConfigError, match=r"training.compile: .* C\+\+ compiler .* set train"
+    )
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}), expected:
         build_run(tiny(training__compile=True))
 
 
@@ -61,6 +76,16 @@ def test_fsdp_refuses_to_compile():
 @pytest.mark.parametrize(
     "changes", [{"model__block_out_channels": [8, 16]}, {"model__kind": "dit"}]
 )
-def test_networks_whose_compiled_gradients_are_not_known_right_are_refused(changes):
-    with pytest.raises(ConfigError, match=r"training.compile.* compiled gradients"):
-        tiny(training__compile=True, **changes)
+def test_right_gradients_of_any_network_are_let_through(changes, monkeypatch):
+    compile_by(monkeypatch, "aot_eager")
+    run = build_run(tiny(training__compile=True, **changes))
+    assert all(p.grad is None for p in run.policy.parameters())
+
+
+def test_lost_gradients_are_refused_before_training(monkeypatch):
+    def losing(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
+        return lambda *given: [out.detach() + 0.0 * out for out in graph(*given)]
+
+    compile_by(monkeypatch, losing)
+    with pytest.raises(ConfigError, match=r"compiled gradient of backbone\S+ is off by (9|100)"):
+        build_run(tiny(training__compile=True))
