@@ -8,6 +8,8 @@
   step             `training_step.py` on the device: a step with rollouts over its parts
   training         the digits by the loop, in fp32 and bf16, and a resume from the checkpoint in
                    the middle: losses and weights against the run that went straight on
+  compile          training.compile, whose gradients are compared with the eager ones first:
+                   seconds until that is done, and a step's time over the eager step's
 
 The aims of engine and step are for two CPU cores. A small network on a GPU is bound by kernel
 launches, whatever its rows: max k calls then cost max k/mean k times what full batches do.
@@ -41,6 +43,7 @@ from raysched.diffusion import rollout as rollout_module
 from raysched.diffusion.curriculum import plan_from_steps
 from raysched.diffusion.parameterization import add_noise, broadcast
 from raysched.diffusion.rollout import plan_calls, rollout
+from raysched.errors import ConfigError
 from raysched.training import rollout_step
 from raysched.training.loop import train_loop
 from raysched.training.protocols import NullTracker
@@ -60,7 +63,9 @@ ROLLOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_run(rollouts: dict[str, Any], **training: Any) -> Run:
+def make_run(
+    rollouts: dict[str, Any], model: dict[str, Any] | None = None, **training: Any
+) -> Run:
     """A run on the digits with rollouts of up to ten steps for every sample."""
     defaults = {"max_step_offset": 10, "probability": 1.0, "reflexflow": False}
     config = {
@@ -68,6 +73,7 @@ def make_run(rollouts: dict[str, Any], **training: Any) -> Run:
         "training": {"batch_size": 64, "device": "cuda", **training},
         "scaling": {"num_workers": 0},
         "tracking": {"enabled": False},
+        "model": model or {},
     }
     return build_run(load_mapping(config, "gpu_checks").config)
 
@@ -242,6 +248,30 @@ def training() -> dict[str, Any]:
     return {"rows": rows, "passed": passed}
 
 
+def compiled() -> dict[str, Any]:
+    """Networks through torch.compile: refused, or how fast."""
+    rows = {}
+    for name, model in {"unet": {}, "dit": {"kind": "dit"}}.items():
+        row: dict[str, Any] = {}
+        steps = {}
+        for on in (False, True):
+            start = time.perf_counter()
+            try:
+                run = make_run({}, compile=on, model=model)
+            except ConfigError as error:
+                row["refused"] = str(error)
+                continue
+            row["seconds_to_compile"] = round(time.perf_counter() - start, 1)
+            spent = []
+            for step in range(25):
+                spent.append(training_step.seconds(lambda run=run, s=step: train_step(run, s)))
+            steps[on] = sorted(spent[5:])[10]
+        if len(steps) == 2:
+            row["compiled_over_eager"] = round(steps[True] / steps[False], 3)
+        rows[name] = row
+    return {"rows": rows, "passed": all("refused" not in row for row in rows.values())}
+
+
 def _trained(config: RunConfig, folder: Path) -> Any:
     open_run_folder(config, folder, resume=holds_run(folder))
     return train_loop(config, run_dir=folder, report=lambda _: None, tracker=NullTracker())
@@ -259,6 +289,7 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "training": training,
     "engine": engine,
     "step": step,
+    "compile": compiled,
 }
 
 
