@@ -50,7 +50,7 @@ $(READY_DEV): $(READY)
 	@touch $@
 
 test: $(READY_DEV)
-	@$(BIN)/python -m pytest -q -m "not slow and not browser"
+	@$(BIN)/python -m pytest -q -m "not slow and not browser" -n 2 --dist loadgroup
 
 test-slow: $(READY_DEV)
 	@$(BIN)/python -m pytest -q -m "slow and not browser"

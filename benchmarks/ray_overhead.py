@@ -4,10 +4,12 @@
                 as many threads; minus 1. Aim: at most 0.03.
   weak_scaling  samples per second of two workers over those of one, with as many samples per
                 worker. Aim: at least 1.5 on two cores.
+  machine       the same of two loops without Ray that know nothing of each other: what the
+                machine has to give at that time, most of all a virtual one's
 
-Both runs of a comparison are started first, as `raysched train` in processes of their own, and
+All runs of a comparison are started first, as `raysched train` in processes of their own, and
 warmed up; no start is in the numbers. Then they go on in turns of some seconds: all processes of
-the other one, Ray's included, are stopped meanwhile (SIGSTOP). A turn's steps are those that the
+the others, Ray's included, are stopped meanwhile (SIGSTOP). A turn's steps are those that the
 run logs. Neighbouring turns make a pair; the median of blocks of pairs counts, so that a slow
 minute of the machine hits both. Workers get the priority of other processes (Ray itself lowers
 it), or whatever else the machine does would slow down one side only.
@@ -31,6 +33,7 @@ import signal
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +98,14 @@ class Turns:
         point = read_last_point(self.child.run_dir)
         return 0 if point is None else int(point["step"])
 
-    def take(self, seconds: float) -> None:
-        """One turn."""
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Let it run meanwhile."""
         before, processes = self.step, self.child.processes()
         spent = self._processor_time(processes)
         send(signal.SIGCONT, processes)
         start = time.perf_counter()
-        time.sleep(seconds)
+        yield
         self.seconds.append(time.perf_counter() - start)
         send(signal.SIGSTOP, processes)
         self.steps.append(self.step - before)
@@ -138,40 +142,43 @@ def send(number: signal.Signals, processes: list[psutil.Process]) -> None:
             process.send_signal(number)
 
 
-def compare(
-    one: tuple[int, int], other: tuple[int, int], options: argparse.Namespace
-) -> dict[str, Any]:
-    """Two kinds of run, (workers, batch size) each, in turns; ratios of one over the other.
+def take_turns(
+    kinds: Sequence[tuple[tuple[int, int], ...]], options: argparse.Namespace
+) -> tuple[list[list[Turns]], list[slice]]:
+    """Groups of runs, (workers, batch size) each; the runs of a group go on at the same time.
 
     Returns:
-        `blocks` and `cpu_blocks` of samples per second, `beside_cpu` of the first, and the steps
-        that the slower one made.
+        The groups, and the turns of each block.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_end:
-        pair = []
-        for workers, batch_size in (one, other):
-            run = Turns(Path(folder), workers, batch_size)
-            at_end.enter_context(run.child)
-            run.warm_up()
-            pair.append(run)
+        groups = []
+        for kind in kinds:
+            group = []
+            for workers, batch_size in kind:
+                run = Turns(Path(tempfile.mkdtemp(dir=folder)), workers, batch_size)
+                at_end.enter_context(run.child)
+                run.warm_up()
+                group.append(run)
+            groups.append(group)
         turns, end = 0, time.monotonic() + options.limit
-        while min(sum(run.steps) for run in pair) < options.steps or turns < 2 * BLOCKS:
+        while turns < 2 * BLOCKS or least_steps(groups) < options.steps:
             if time.monotonic() > end and turns >= BLOCKS:
                 break
-            for run in pair if turns % 2 else pair[::-1]:
-                run.take(options.turn)
+            for group in groups if turns % 2 else groups[::-1]:
+                with contextlib.ExitStack() as together:
+                    for run in group:
+                        together.enter_context(run.turn())
+                    time.sleep(options.turn)
             turns += 1
-        for run in pair:
+        for run in itertools.chain(*groups):
             send(signal.SIGCONT, run.child.processes())
     edges = [round(turns * block / BLOCKS) for block in range(BLOCKS + 1)]
-    blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    first, second = pair
-    return {
-        "blocks": [first.rate(block) / second.rate(block) for block in blocks],
-        "cpu_blocks": [first.cpu_rate(block) / second.cpu_rate(block) for block in blocks],
-        "beside_cpu": round(sum(first.beside) / sum(first.cpu), 4),
-        "steps": min(sum(run.steps) for run in pair),
-    }
+    return groups, [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def least_steps(groups: Iterable[Iterable[Turns]]) -> int:
+    """Steps of the run that made fewest."""
+    return min(sum(run.steps) for run in itertools.chain(*groups))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -179,19 +186,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     size = options.batch
     found: dict[str, Any] = {}
     if not options.no_overhead:
-        told = compare((1, size), (0, size), options)
-        for name in ("", "cpu_"):
-            slower = [1.0 / ratio - 1.0 for ratio in told[f"{name}blocks"]]
-            key = "overhead" if not name else "overhead_cpu"
+        groups, blocks = take_turns([((1, size),), ((0, size),)], options)
+        (ray,), (plain,) = groups
+        wall = [plain.rate(block) / ray.rate(block) - 1.0 for block in blocks]
+        cpu = [plain.cpu_rate(block) / ray.cpu_rate(block) - 1.0 for block in blocks]
+        for key, slower in (("overhead", wall), ("overhead_cpu", cpu)):
             found[key] = round(statistics.median(slower), 4)
             found[f"{key}_blocks"] = [round(ratio, 4) for ratio in slower]
-        found |= {"beside_cpu": told["beside_cpu"], "overhead_steps": told["steps"]}
+        found["beside_cpu"] = round(sum(ray.beside) / sum(ray.cpu), 4)
+        found["overhead_steps"] = least_steps(groups)
     if not options.no_scaling:
-        told = compare((2, 2 * size), (1, size), options)
-        found["weak_scaling"] = round(statistics.median(told["blocks"]), 4)
-        found["scaling_blocks"] = [round(ratio, 4) for ratio in told["blocks"]]
-        found["scaling_cpu"] = round(2.0 * statistics.median(told["cpu_blocks"]), 4)
-        found["scaling_steps"] = told["steps"]
+        kinds = [((2, 2 * size),), ((1, size),), ((0, size), (0, size)), ((0, size),)]
+        groups, blocks = take_turns(kinds, options)
+        (two,), (one,), twins, (alone,) = groups
+        scaled = [two.rate(block) / one.rate(block) for block in blocks]
+        machine = [sum(run.rate(block) for run in twins) / alone.rate(block) for block in blocks]
+        for key, ratios in (("weak_scaling", scaled), ("machine", machine)):
+            found[key] = round(statistics.median(ratios), 4)
+            found[f"{key}_blocks"] = [round(ratio, 4) for ratio in ratios]
+        share = statistics.median(a / b for a, b in zip(scaled, machine, strict=True))
+        found["scaling_over_machine"] = round(share, 4)
+        found["scaling_steps"] = least_steps(groups)
     return found
 
 
@@ -201,7 +216,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object only")
     parser.add_argument("--steps", type=int, default=1000, help="measured steps of each run")
     parser.add_argument("--limit", type=float, default=900.0, help="most seconds of turns")
-    parser.add_argument("--turn", type=float, default=8.0, help="seconds of a turn")
+    parser.add_argument("--turn", type=float, default=4.0, help="seconds of a turn")
     parser.add_argument("--batch", type=int, default=64, help="samples per worker and step")
     parser.add_argument("--no-overhead", action="store_true", help="only the two workers")
     parser.add_argument("--no-scaling", action="store_true", help="leave the two workers out")
@@ -216,7 +231,8 @@ def main() -> None:
         print(f"overhead of Ray Train: {found['overhead']:+.2%} {found['overhead_blocks']}")
         print(f"  by processor time: {found['overhead_cpu']:+.2%} {found['overhead_cpu_blocks']}")
     if "weak_scaling" in found:
-        print(f"weak scaling 1 -> 2: {found['weak_scaling']:.2f}x {found['scaling_blocks']}")
+        print(f"weak scaling 1 -> 2: {found['weak_scaling']:.2f}x {found['weak_scaling_blocks']}")
+        print(f"  the machine's: {found['machine']:.2f}x {found['machine_blocks']}")
 
 
 if __name__ == "__main__":

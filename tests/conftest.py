@@ -28,6 +28,13 @@ _CACHE = tempfile.mkdtemp(prefix="raysched-test-cache-")
 os.environ["RAYSCHED_CACHE"] = _CACHE
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in two processes a file stays in one, and Ray in one of them."""
+    for item in items:
+        name = "ray" if item.get_closest_marker("ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_CACHE, ignore_errors=True)
 

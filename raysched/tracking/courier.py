@@ -42,7 +42,7 @@ class Courier:
         self._num_told_rejected: dict[Path, int] = {}
         self._wake = threading.Event()
         self._closing = threading.Event()
-        self._deadline = float("inf")
+        self._deadline = self._patience = float("inf")
         self._thread = threading.Thread(target=self._run, name="raysched-courier", daemon=True)
         self._thread.start()
 
@@ -56,12 +56,14 @@ class Courier:
         """Send what is pending, at most for `timeout_s`; tell what remains and how to send it."""
         if self._closing.is_set():
             return
-        if self._away:  # one more try: waiting longer for a store that is away helps nobody
-            timeout_s = min(timeout_s, _PATIENCE_AWAY_S)
-        self._deadline = time.monotonic() + timeout_s
+        # Waiting long for a store that is away helps nobody; one that is back gets all the time.
+        patience_s = min(timeout_s, _PATIENCE_AWAY_S)
+        self._patience, self._deadline = (time.monotonic() + s for s in (patience_s, timeout_s))
         self._closing.set()
         self._wake.set()
-        self._thread.join(timeout_s)
+        self._thread.join(patience_s)
+        if not self._away:
+            self._thread.join(timeout_s - patience_s)
         for folder, sender in self._senders.items():
             remaining = sender.spool.num_pending()
             if remaining:
@@ -83,7 +85,7 @@ class Courier:
             else:
                 pause = min(max(2 * pause, _FIRST_RETRY_S), _LONGEST_RETRY_S)
             if closing:
-                if done or time.monotonic() > self._deadline:
+                if done or self._is_late():
                     return
                 self._wake.clear()
                 pause = min(pause, _FIRST_RETRY_S)
@@ -103,7 +105,7 @@ class Courier:
 
     def _send(self, folder: Path, sender: Sender) -> bool:
         try:
-            sender.send(lambda: time.monotonic() > self._deadline)
+            sender.send(self._stops_between_batches)
         except Timeout:
             return False  # another process is sending it
         except UnreachableError:
@@ -113,7 +115,15 @@ class Courier:
             return False
         finally:
             self._tell_rejected(folder, sender)
-        return time.monotonic() <= self._deadline
+        return not self._is_late()
+
+    def _stops_between_batches(self) -> bool:
+        """Asked when the store has taken a batch, so it is there."""
+        self._away = False
+        return self._is_late()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > (self._patience if self._away else self._deadline)
 
     def _tell(self, error: Exception, folder: Path) -> None:
         if self._told:

@@ -173,13 +173,19 @@ class PolicyNetwork:
         self, *, sample: Tensor, timestep: Tensor, lanes: Tensor, given: tuple[Tensor, ...] = ()
     ) -> Tensor:
         """Predict: (n, C, H, W), (n,), (n,) -> (n, C, H, W)."""
-        known = {"given": given} if given else {}
-        labels = self._labels[lanes]
-        return self._run.predict(sample, timestep, labels, average=self._average, **known)
+        if given:
+            labels, *known = given
+        else:
+            labels, known = self._labels.index_select(0, lanes), []
+        return self._run.predict(
+            sample, timestep, labels, average=self._average, given=tuple(known)
+        )
 
     def prepare(self, timestep: Tensor, lanes: Tensor) -> tuple[Tensor, ...]:
-        """What depends on times and labels (W,) alone."""
-        return self._run.prepare(timestep, self._labels[lanes], average=self._average)
+        """The labels (W,), and what depends on them and the times (W,) alone, if it can be had."""
+        labels = self._labels.index_select(0, lanes)
+        made = self._run.prepare(timestep, labels, average=self._average)
+        return (labels, *made) if made else ()
 
 
 def ancestral_noise(run: Run, batch: Batch) -> NoiseSource:

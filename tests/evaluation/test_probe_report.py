@@ -16,6 +16,7 @@ from raysched.models.export import save_pipeline
 from raysched.models.weights import load_weights, save_weights
 from raysched.report.probe_report import ProbeReport, probe_runs
 from raysched.tracking import prepare_store, start_run
+from raysched.tracking.client import connect
 from raysched.tracking.spool import Spool
 from tests.evaluation.test_sample_run import tiny_config, tiny_network, write_checkpoint
 from tests.models.manifests import write_manifest
@@ -130,3 +131,15 @@ def test_figures_wait_in_the_spool_while_mlflow_is_away(runs, tmp_path: Path):
         "probe/quality.png",
         "probe/probe.parquet",
     ]
+
+
+def test_a_tracked_run_gets_figures_and_table(runs, tmp_path: Path):
+    run = Path(shutil.copytree(runs[0], tmp_path / "tracked"))
+    handle = prepare_store(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"), tmp_path)
+    run_id = start_run(handle, "tracked", run_dir=run)
+    found = probe_runs([run, runs[1]], settings=FAST)
+    assert not [note for note in found.notes if "MLflow" in note]
+    artifacts = connect(handle.uri).list_artifacts(run_id, "probe")
+    assert {info.path for info in artifacts} == {
+        f"probe/{path.name}" for path in (*found.figures.values(), found.table)
+    }

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from raysched.tracking import Courier, MlflowTracker, start_run
+from raysched.tracking import courier as courier_module
+from raysched.tracking.sender import Sender
 from tests.tracking.conftest import Store
 
 _TRIAL = """
@@ -46,3 +52,28 @@ def test_the_driver_sends_for_trials_that_never_load_mlflow(store: Store, tmp_pa
     assert store.points(run_ids["b"], "loss") == [(1, 0.5)]
     run = store.client.get_run(run_ids["a"])
     assert run.data.tags["raysched.status"] == "pruned"
+
+
+def test_a_store_that_is_back_at_the_end_gets_the_whole_time(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courier_module, "_PATIENCE_AWAY_S", 0.0)
+    run_id = start_run(store.handle, "run", run_dir=tmp_path)
+    away = Courier(dataclasses.replace(store.handle, offline=True), flush_every_s=60.0)
+    away.watch(tmp_path)
+    tracker = MlflowTracker(store.handle, run_id, tmp_path, send=False)
+    seen = []
+    send = Sender.send
+
+    def answering(self: Sender, should_stop: Callable[[], bool]) -> int:
+        seen.extend([away._is_late(), should_stop()])
+        return send(self, should_stop)
+
+    monkeypatch.setattr(Sender, "send", answering)
+    tracker.log_metrics({"loss": 0.5}, step=1, forward_equivalents=1)
+    tracker.close("finished")
+    away.close()
+    away._thread.join(60.0)
+    # With the store away its time is over at once; a batch that it takes brings the rest back.
+    assert seen[:2] == [True, False]
+    assert store.points(run_id, "loss") == [(1, 0.5)]

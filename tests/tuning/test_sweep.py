@@ -161,7 +161,7 @@ def half_way(folder: Path) -> bool:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_sweep_that_was_ended_in_the_middle_goes_on_and_repeats_no_finished_trial(
     tmp_path, number
 ):
@@ -169,7 +169,7 @@ def test_a_sweep_that_was_ended_in_the_middle_goes_on_and_repeats_no_finished_tr
     wait_until(lambda: half_way(tmp_path), process)
     process.send_signal(number)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == (75 if number == signal.SIGTERM else -number), errors
+    assert process.returncode == (75 if number == signal.SIGINT else -number), errors
     before = read_events(tmp_path / "sweep" / "trials.jsonl")
     ended = {e["number"] for e in before if e["event"] == "ended" and e["status"] != "stopped"}
     suggested = {e["number"]: e["assignments"] for e in before if e["event"] == "suggested"}
