@@ -7,14 +7,17 @@ things are measured in turn within one process, and medians of the paired ratios
   full batches     as many sample-forwards, nothing else
   one-sample loop  one sample at a time, one forward per step; timed on a few samples and scaled
   eager batches    full batches of the network called module by module
-  same calls       the recorded forward alone, in calls of the engine's sizes: what max k
-                   sequential calls cost over full batches, however they are driven
+  prepared batches full batches for which, as in the engine, what depends on times and labels alone
+                   is computed beforehand for all forwards at once
+  same calls       the same, in calls of the engine's sizes: what max k sequential calls cost over
+                   full batches, however they are driven
 
-`over_full_batches` compares like with like: engine and full batches both replay the recorded
-forward (raysched/models/tracing.py), as training does. The one-sample loop calls the network as
-such loops do, and `one_sample_loop_over_full_batches` is measured against full batches of the
-network called likewise: what batching alone would gain. `over_eager_full_batches` holds the engine
-against those, too; it is no limit, because recording helps the engine alone.
+Engine and full batches both replay the recorded forward (raysched/models/tracing.py), as training
+does: `over_full_batches`. The engine knows all its times beforehand and computes their embeddings
+once; `over_prepared_batches` gives the full batches that advantage, too. The one-sample loop calls
+the network as such loops do, and `one_sample_loop_over_full_batches` is measured against full
+batches of the network called likewise: what batching alone would gain. `over_eager_full_batches`
+holds the engine against those, too; it is no limit, because recording helps the engine alone.
 
 `overhead_share` is the engine's time with a network that costs nothing over its time with the
 real one; `overhead_share_of_step` divides by the whole training step instead.
@@ -29,7 +32,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +42,7 @@ from raysched.config.run import RunConfig
 from raysched.diffusion.curriculum import RolloutPlan, draw_plan
 from raysched.diffusion.parameterization import add_noise
 from raysched.diffusion.randomness import uniforms
-from raysched.diffusion.rollout import LaneNetwork, plan_calls, rollout
+from raysched.diffusion.rollout import CallPlan, LaneNetwork, plan_calls, rollout
 from raysched.diffusion.schedules import NoiseSchedule
 from raysched.models.networks import build_network
 from raysched.models.tracing import TracedForward, trace_forward
@@ -59,7 +62,8 @@ RATIOS = (
     "over_full_batches",
     "one_sample_loop_over_engine",
     "one_sample_loop_over_full_batches",
-    "same_calls_over_full_batches",
+    "over_prepared_batches",
+    "same_calls_over_prepared_batches",
     "over_eager_full_batches",
     "overhead_share",
     "overhead_share_of_step",
@@ -91,14 +95,10 @@ class Job:
         self.times = 1000 * self.target_u.to(self.device, torch.float32)
         self.plan = self._draw(0)
         self.num_forwards = int(self.plan.num_steps.sum())
+        self.sizes = self._calls(self.plan).sizes
 
-    def _draw(self, step: int) -> RolloutPlan:
-        return draw_plan(self.config, self.schedule, self.target_u, 0, step, self.indices)
-
-    def engine(self, network: LaneNetwork) -> None:
-        """Everything that a training step pays for its rollouts."""
-        plan = self._draw(0)
-        calls = plan_calls(
+    def _calls(self, plan: RolloutPlan) -> CallPlan:
+        return plan_calls(
             plan,
             self.schedule,
             solver=self.config.scheduled_sampling.sampler,
@@ -106,25 +106,41 @@ class Job:
             capacity=self.batch,
             device=self.device,
         )
+
+    def _draw(self, step: int) -> RolloutPlan:
+        return draw_plan(self.config, self.schedule, self.target_u, 0, step, self.indices)
+
+    def engine(self, network: LaneNetwork) -> None:
+        """Everything that a training step pays for its rollouts."""
+        plan = self._draw(0)
+        calls = self._calls(plan)
         source = add_noise(self.x0, self.eps, *self.schedule.alpha_sigma(plan.source_u))
         result = rollout(network, source, calls)
         assert result.num_forwards == self.num_forwards
 
-    @torch.no_grad()
-    def bare_calls(self, num_calls: int) -> None:
-        """All sample-forwards in so many calls of equal sizes, give or take one."""
-        for call in range(num_calls):
-            rows = slice(0, (self.num_forwards + call) // num_calls)
-            times = self.times[rows]
-            self.replay(sample=self.x0[rows], timestep=times, class_labels=self.labels[rows])
+    @property
+    def full_sizes(self) -> list[int]:
+        """Rows of full batches; the last one is what is left."""
+        return [min(left, self.batch) for left in range(self.num_forwards, 0, -self.batch)]
 
     @torch.no_grad()
     def full_batches(self, network: Callable[..., Tensor]) -> None:
-        """The same number of sample-forwards, at the limit; the last batch is what is left."""
-        for left in range(self.num_forwards, 0, -self.batch):
-            rows = slice(0, min(left, self.batch))
+        """The same number of sample-forwards, at the limit."""
+        for size in self.full_sizes:
+            rows = slice(0, size)
             times = self.times[rows]
             network(sample=self.x0[rows], timestep=times, class_labels=self.labels[rows])
+
+    @torch.no_grad()
+    def prepared_calls(self, sizes: Sequence[int]) -> None:
+        """The sample-forwards in calls of such sizes, what times and labels give beforehand."""
+        lanes = torch.arange(self.num_forwards, device=self.device) % len(self.times)
+        network = RecordedLanes(self)
+        given = [torch.split(part, sizes) for part in network.prepare(self.times[lanes], lanes)]
+        for call, size in enumerate(sizes):
+            known = {"given": tuple(part[call] for part in given)} if given else {}
+            lane = lanes[:size]
+            network(sample=self.x0[:size], timestep=self.times[lane], lanes=lane, **known)
 
     @torch.no_grad()
     def one_sample_loop(self) -> float:
@@ -197,14 +213,14 @@ def measure(model: str, options: argparse.Namespace, accumulation: int) -> dict[
     """One row: medians over paired repeats."""
     torch.manual_seed(0)
     job = Job(model, options, accumulation)
-    num_calls = max(int(job.plan.num_steps.max()), -(-job.num_forwards // options.batch))
     ratios: dict[str, list[float]] = {name: [] for name in RATIOS}
     # Longer steps are less noisy, and would take most of the time.
     repeats = max(min(options.repeats, 5), options.repeats // accumulation)
     for repeat in range(repeats + 1):
         limit = seconds(lambda: job.full_batches(job.replay))
         engine = seconds(lambda: job.engine(RecordedLanes(job)))
-        same = seconds(lambda: job.bare_calls(num_calls))
+        same = seconds(lambda: job.prepared_calls(job.sizes))
+        prepared = seconds(lambda: job.prepared_calls(job.full_sizes))
         free = seconds(lambda: job.engine(free_network))
         limit = 0.5 * (limit + seconds(lambda: job.full_batches(job.replay)))
         eager = seconds(lambda: job.full_batches(job.network))
@@ -215,7 +231,8 @@ def measure(model: str, options: argparse.Namespace, accumulation: int) -> dict[
             engine / limit,
             loop / engine,
             loop / eager,
-            same / limit,
+            engine / prepared,
+            same / prepared,
             engine / eager,
             free / engine,
             free / (engine + step),

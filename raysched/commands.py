@@ -76,7 +76,9 @@ def probe(
     num_samples: Annotated[int, typer.Option(min=8, help="States sampled from noise.")] = 400,
     num_pairs: Annotated[int, typer.Option(min=8, help="Rollouts per place on the path.")] = 128,
     steps: Annotated[int, typer.Option(min=2, help="Steps of the path's grid.")] = 20,
-    max_offset: Annotated[int, typer.Option(min=1, help="Longest rollout, in steps.")] = 10,
+    max_offset: Annotated[
+        int | None, typer.Option(min=1, help="Longest rollout, in steps; 10, or all --steps.")
+    ] = None,
     nfe: Annotated[
         list[int] | None, typer.Option(min=1, help="Network evaluations, repeatable.")
     ] = None,
@@ -100,7 +102,7 @@ def probe(
             num_samples=num_samples,
             num_pairs=num_pairs,
             num_steps=steps,
-            max_offset=max_offset,
+            max_offset=min(ProbeSettings.max_offset, steps) if max_offset is None else max_offset,
             nfe=tuple(sorted(set(nfe))) if nfe else ProbeSettings.nfe,
             solver=sampler,
             seed=seed,

@@ -124,6 +124,24 @@ IDLE: tuple[Idle, ...] = (
         ),
     ),
     Idle(
+        (SS + "max_step_offset",),
+        (SS + "grid",),
+        while_on(
+            when(
+                lambda c: (
+                    c.scheduled_sampling.grid == "jump"
+                    and c.scheduled_sampling.max_step_offset > 1
+                ),
+                "grid: jump is always one step of random length; 1 says the same",
+            )
+        ),
+    ),
+    Idle(
+        (SS + "dropout",),
+        ("model.dropout",),
+        while_on(when(lambda c: c.model.dropout == 0, "model.dropout is 0")),
+    ),
+    Idle(
         (SS + "strategy", SS + "reuse"),
         (SS + "grid",),
         while_on(

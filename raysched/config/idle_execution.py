@@ -74,6 +74,14 @@ IDLE_EXECUTION: tuple[Idle, ...] = (
         quiet=True,
     ),
     Idle(
+        ("evaluation.probe_share",),
+        ("evaluation.probe_every_forward_equivalents",),
+        when(
+            lambda c: c.evaluation.probe_every_forward_equivalents is None,
+            "probe_every_forward_equivalents is not set: there are no probes while training",
+        ),
+    ),
+    Idle(
         ("evaluation.placement",),
         ("scaling.num_workers",),
         when(

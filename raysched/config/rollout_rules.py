@@ -143,7 +143,25 @@ def _blind_windows(c: RunConfig) -> str | None:
     )
 
 
+def _bucket(c: RunConfig) -> str | None:
+    training, bucket = c.training, c.scheduled_sampling.bucket
+    parts = max(c.scaling.num_workers, 1) * training.gradient_accumulation
+    rows = -(-training.batch_size // parts)
+    if rows % bucket == 0:
+        return None
+    return (
+        f"pads calls to {-(-rows // bucket) * bucket} rows where micro-batches have {rows}, so "
+        "that rollouts take more memory than steps; a divisor does not"
+    )
+
+
 ROLLOUT_CAUTIONS: tuple[Rule, ...] = (
+    Rule(
+        SS + "bucket",
+        ("training.batch_size", "training.gradient_accumulation", "scaling.num_workers"),
+        while_on(_bucket),
+        (SS + "bucket",),
+    ),
     Rule(SS + "max_step_offset", (SS + "grid",), while_on(_clamped)),
     Rule(SS + "prob_start", (SS + "prob_end",), while_on(_falling)),
     Rule(SS + "start_step", ("training.budget.steps",), while_on(_late), (SS + "start_step",)),

@@ -16,6 +16,8 @@ from raysched.config.storage_uri import storage_rule, store_rule
 
 Check = Callable[[RunConfig], str | None]
 SS = "scheduled_sampling."
+# Of the probes that a run makes of itself.
+PROBE_STEPS = 8
 IMAGE_SIZES = {"digits": 8, "fashion_mnist": 28, "image_folder": 32}
 
 
@@ -204,6 +206,17 @@ def _repeated_nfe(c: RunConfig) -> str | None:
     return f"must not repeat a number, got {show(nfe)}" if len(set(nfe)) < len(nfe) else None
 
 
+def _probed_steps(c: RunConfig) -> str | None:
+    count = c.noise_schedule.num_train_timesteps
+    wanted = c.evaluation.probe_every_forward_equivalents is not None
+    if not wanted or c.noise_schedule.kind == "flow" or count >= PROBE_STEPS:
+        return None
+    return (
+        f"walks the path in {PROBE_STEPS} steps: must be null with "
+        f"noise_schedule.num_train_timesteps {count}"
+    )
+
+
 def _neighbours(c: RunConfig) -> str | None:
     e = c.evaluation
     fewest = min(e.num_samples, e.final_num_samples)
@@ -254,6 +267,7 @@ ERRORS: tuple[Rule, ...] = (
         _compiled,
     ),
     Rule("evaluation.nfe", (), _repeated_nfe),
+    Rule("evaluation.probe_every_forward_equivalents", (), _probed_steps),
     Rule(
         "evaluation.neighbours",
         ("evaluation.num_samples", "evaluation.final_num_samples"),
@@ -267,12 +281,16 @@ ERRORS: tuple[Rule, ...] = (
 
 
 def _rk4_nfe(c: RunConfig) -> str | None:
-    odd = [n for n in c.evaluation.nfe if n % 4]
+    # The last step, down to sigma = 0, is Euler's.
+    branches = 1 if c.evaluation.guidance_scale == 1 else 2
+    odd = [n for n in c.evaluation.nfe if n % branches or (n // branches - 1) % 4]
     if c.evaluation.sampler != "rk4" or not odd:
         return None
+    exact = ", ".join(str(branches * n) for n in (1, 5, 9))
     return (
-        f"holds {', '.join(map(str, odd))}, but sampler rk4 spends 4 network evaluations per "
-        "step; multiples of 4 are exact, others are rounded"
+        f"holds {', '.join(map(str, odd))}, but sampler rk4 spends {4 * branches} network "
+        f"evaluations per step and {branches} on the last: {exact} and so on are exact, others "
+        "are rounded down"
     )
 
 

@@ -78,8 +78,8 @@ def probability_at(step: int, config: ScheduledSamplingConfig) -> float:
 
 
 def max_offset_at(step: int, config: ScheduledSamplingConfig) -> int:
-    """K at an optimizer step: constant, or rounded along its ramp, halves upwards."""
-    if config.offset_ramp_steps == 0:
+    """K at an optimizer step: constant, or rounded along its ramp, halves upwards; 0 is off."""
+    if config.max_step_offset == 0 or config.offset_ramp_steps == 0:
         return config.max_step_offset
     done = _ramp(step, config.start_step, config.offset_ramp_steps, config.ramp_shape)
     span = config.max_step_offset - config.offset_start

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from raysched.config.run import RunConfig
 from raysched.diffusion.compute import GRADIENT_COST
 from raysched.diffusion.curriculum import max_offset_at, probability_at
-from raysched.diffusion.offset_law import OffsetLaw, offset_law
+from raysched.diffusion.offset_law import OffsetLaw, above_the_floor, offset_law
 from raysched.diffusion.schedules import CLAMP_TOLERANCE
 
 # A ramp is summed step by step up to so many steps, and by as many midpoints beyond.
@@ -126,17 +127,18 @@ def other_forwards(config: RunConfig) -> int:
 
 
 def padding(config: RunConfig, law: OffsetLaw, chance: float) -> float:
-    """Expected rows that fill the calls of a step up to multiples of `bucket`."""
+    """Expected FE of the rows that fill the calls of a step up to multiples of `bucket`."""
     rollout, training = config.rollout, config.training
     workers, unit = max(config.scaling.num_workers, 1), forwards_per_unit_step(config)
     if rollout.bucket == 1 or not chance * law.steps:
         return 0.0
+    if price_of_a_forward(config) != 1:
+        return price_of_a_forward(config) * _padded_jumps(config, chance * law.rolled)
     samples, clean = training.batch_size / workers, clean_forwards(config)
     mean = unit * law.steps + clean * law.rolled
     square = unit**2 * law.steps_squared + 2 * unit * clean * law.steps + clean * law.rolled
     spread = math.sqrt(samples * max(chance * square - (chance * mean) ** 2, 0.0))
-    points = (torch.arange(NORMAL_POINTS, dtype=torch.float64) + 0.5) / NORMAL_POINTS
-    rows = (samples * chance * mean + spread * torch.special.ndtri(points)).round().clamp_min(0.0)
+    rows = _counts(samples * chance * mean, spread)
     # P(longest rollout <= m), and from it the chance of each longest one.
     beyond = torch.tensor([*law.tail, 0.0], dtype=torch.float64)
     longest_law = torch.diff((1 - chance * beyond) ** samples)
@@ -152,6 +154,22 @@ def padding(config: RunConfig, law: OffsetLaw, chance: float) -> float:
     return workers * float((waste * longest_law).sum(dim=1).mean())
 
 
+def _padded_jumps(config: RunConfig, chance: float) -> float:
+    """Expected filling rows of jumps with gradient: one call in each micro-batch of each rank."""
+    training, bucket = config.training, config.rollout.bucket
+    calls = max(config.scaling.num_workers, 1) * training.gradient_accumulation
+    samples = training.batch_size / calls
+    rows = _counts(samples * chance, math.sqrt(samples * chance * (1 - chance)))
+    return calls * float(((rows / bucket).ceil() * bucket - rows).mean())
+
+
+def _counts(mean: float, spread: float) -> Tensor:
+    """(NORMAL_POINTS,) whole numbers that stand for the law of a count."""
+    points = (torch.arange(NORMAL_POINTS, dtype=torch.float64) + 0.5) / NORMAL_POINTS
+    counts: Tensor = (mean + spread * torch.special.ndtri(points)).round().clamp_min(0.0)
+    return counts
+
+
 def step_forecast(config: RunConfig, step: int) -> StepForecast:
     """Expected FE of one optimizer step.
 
@@ -164,6 +182,8 @@ def step_forecast(config: RunConfig, step: int) -> StepForecast:
     law = OffsetLaw(0.0, 0.0, 0.0, 0.0, ())
     if chance and largest:
         law = offset_law(config.noise_schedule, rollout, largest)
+        if config.exposure == "self_correction":
+            law = above_the_floor(config.noise_schedule, law)
     num_rolled, num_unit_steps = size * chance * law.rolled, size * chance * law.steps
     forwards = forwards_per_unit_step(config) * num_unit_steps * price_of_a_forward(config)
     return StepForecast(

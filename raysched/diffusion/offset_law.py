@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from raysched.config.run import NoiseScheduleConfig, ScheduledSamplingConfig
+from raysched.diffusion.parameterization import ANCHOR_SIGMA_FLOOR
 from raysched.diffusion.reuse import spaced_steps
 from raysched.diffusion.schedules import CLAMP_TOLERANCE, NoiseSchedule
 
@@ -143,6 +144,25 @@ def offset_law(
     squared = float(((2 * j - 1) * tail).sum())
     law = tuple(tail.tolist())
     return OffsetLaw(float(tail[0]), float(tail.sum()), squared, passed, law)
+
+
+def above_the_floor(noise: NoiseScheduleConfig, law: OffsetLaw) -> OffsetLaw:
+    """The law of jumps that are made only where the target's sigma can be divided by.
+
+    Args:
+        noise: the run's schedule.
+        law: of the same jumps wherever they end.
+    """
+    schedule = NoiseSchedule.from_config(noise)
+    if noise.kind == "flow":
+        bound = schedule.uniform_coordinate(ANCHOR_SIGMA_FLOOR)
+    else:
+        count = noise.num_train_timesteps
+        u = torch.arange(1, count + 1, dtype=torch.float64) / count
+        bound = int((schedule.alpha_sigma(u)[1] < ANCHOR_SIGMA_FLOOR).sum()) / count
+    below_floor = float(time_cdf(noise, torch.tensor(bound)))
+    possible = max(law.rolled - below_floor, 0.0)
+    return OffsetLaw(possible, possible, possible, 0.0, (possible,))
 
 
 def _passed(

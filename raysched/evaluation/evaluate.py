@@ -27,7 +27,7 @@ from raysched.evaluation.crew import ALONE, Crew, Job
 from raysched.evaluation.features import BATCH
 from raysched.evaluation.reference import Reference, build_reference
 from raysched.evaluation.samples import Column, Sampler, Samples
-from raysched.evaluation.sampling import network_device, num_evaluations, num_steps
+from raysched.evaluation.sampling import network_device, price_notes
 
 METRIC_LABELS: dict[QualityMetric, str] = {
     "kid": "KID",
@@ -240,15 +240,8 @@ def _notes(
             f"The Frechet distance is unreliable: {min(num_samples, m)} images for {width} "
             "features, fewer than twice as many."
         )
-    for nfe in settings.nfe:
-        steps = num_steps(nfe, settings.sampler, settings.guidance_scale)
-        price = num_evaluations(steps, settings.sampler, settings.guidance_scale)
-        if price != nfe:
-            notes.append(
-                f"evaluation.nfe: {nfe} pays for {steps} step(s) of {settings.sampler}, which "
-                f"take {price} network evaluations."
-            )
-    return tuple(notes)
+    told = price_notes("evaluation.nfe", settings.nfe, settings.sampler, settings.guidance_scale)
+    return (*notes, *told)
 
 
 def compare(

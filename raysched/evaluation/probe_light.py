@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from raysched.config.rules import PROBE_STEPS
 from raysched.config.run import RunConfig
 from raysched.data.dataset import ImageDataset
 from raysched.diffusion.compute import ComputeMeter
@@ -20,11 +21,11 @@ from raysched.evaluation.probe import Materials, ProbeSettings, closed_form, pre
 from raysched.evaluation.probe_states import Subject, forward_states, roll_grid
 from raysched.evaluation.sampling import sampling_nodes
 
-NUM_STEPS, MAX_OFFSET = 8, 2
+MAX_OFFSET = 2
 WALK_NODES = (2, 4, 6, 8)
 # Rollouts of two steps from every other node pass the whole path.
 ROLLOUT_SOURCES = (0, 2, 4, 6)
-FORWARDS_PER_SAMPLE = NUM_STEPS + MAX_OFFSET * len(ROLLOUT_SOURCES)
+FORWARDS_PER_SAMPLE = PROBE_STEPS + MAX_OFFSET * len(ROLLOUT_SOURCES)
 MIN_SAMPLES, MAX_SAMPLES = 8, 64
 
 
@@ -65,7 +66,7 @@ def light_probe(
     subject = Subject(
         network, schedule, config.prediction_type, batch_size=num_samples, meter=meter
     )
-    nodes = sampling_nodes(schedule, NUM_STEPS)
+    nodes = sampling_nodes(schedule, PROBE_STEPS)
     states, _ = subject.path(materials.noise, nodes, materials.walk_labels)
     once = torch.ones(1, num_samples, dtype=torch.float64)
     found = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raysched.evaluation.bootstrap import Interval
-from raysched.evaluation.probe import Key, Measured, ProbeSettings
+from raysched.evaluation.probe import Key, Measured
 from raysched.evaluation.probe_sources import ProbedRun, same_path
 from raysched.evaluation.probe_statistics import interval, simultaneous
 
@@ -106,17 +106,18 @@ def find_peak(measured: Measured, statistic: str, k: int | None = None) -> Peak:
     )
 
 
-def describe(label: str, measured: Measured, settings: ProbeSettings) -> list[str]:
+def describe(label: str, measured: Measured, solver: str) -> list[str]:
     """Where on the path a model drifts.
 
     Args:
         label: the run's name.
         measured: what the probe found.
-        settings: of the probe.
+        solver: of the walk from noise.
     """
-    n = settings.num_steps
+    # A schedule of few indices has no room for all steps that were asked for.
+    n = sum(key.statistic == "energy" for key in measured.replicates) - 1
     walk = find_peak(measured, "energy")
-    how = f"states sampled from noise in {n} {settings.solver} steps"
+    how = f"states sampled from noise in {n} {solver} steps"
     if walk.clear:
         first = (
             f"{how} leave the law of forward states from t = {walk.begins_t:.3g} down and are "
@@ -160,7 +161,7 @@ def _beyond_floor(measured: Measured) -> str:
 def compare_runs(
     runs: Sequence[ProbedRun], found: Sequence[Measured]
 ) -> tuple[list[Comparison], list[str]]:
-    """Each rollout-trained run against each plain one; without such a pair, all against the first.
+    """Every other run against each plain one; without a plain one, all against the first.
 
     Args:
         runs: of the probe.
@@ -170,9 +171,9 @@ def compare_runs(
         The comparisons, and notes on runs that can't be compared.
     """
     numbered = list(enumerate(runs))
-    rolled = [i for i, run in numbered if run.training == "rollouts"]
     plain = [i for i, run in numbered if run.training == "plain"]
-    pairs = [(a, b) for a in rolled for b in plain] or [(i, 0) for i, _ in numbered[1:]]
+    others = [i for i, _ in numbered if i not in plain]
+    pairs = [(a, b) for a in others for b in plain] or [(i, 0) for i, _ in numbered[1:]]
     comparisons, notes = [], []
     for a, b in pairs:
         if same_path(runs[a], runs[b]):

@@ -9,7 +9,7 @@ Legend: n samples, C channels, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -45,6 +45,28 @@ def num_evaluations(steps: int, solver: SolverName, guidance_scale: float = 1.0)
     """Network evaluations per sample of so many solver steps; the inverse of `num_steps`."""
     per_branch = RK4_STAGES * (steps - 1) + 1 if solver == "rk4" else steps
     return _branches(guidance_scale) * per_branch
+
+
+def price_notes(
+    where: str, nfe: Sequence[int], solver: SolverName, guidance_scale: float = 1.0
+) -> list[str]:
+    """A sentence for every number of network evaluations that can't be spent exactly.
+
+    Args:
+        where: the setting that holds them.
+        nfe: network evaluations per sample.
+        solver, guidance_scale: see `num_steps`.
+    """
+    notes = []
+    for count in nfe:
+        steps = num_steps(count, solver, guidance_scale)
+        price = num_evaluations(steps, solver, guidance_scale)
+        if price != count:
+            notes.append(
+                f"{where}: {count} pays for {steps} step(s) of {solver}, which take {price} "
+                "network evaluations."
+            )
+    return notes
 
 
 def _branches(guidance_scale: float) -> int:

@@ -21,6 +21,7 @@ from raysched.evaluation.probe_words import (
     describe,
     find_peak,
 )
+from raysched.evaluation.sampling import price_notes
 from raysched.report.figures import save_figure
 from raysched.report.probe_figures import drift_figure, population_figure, quality_figure
 from raysched.tracking.files import log_files
@@ -117,7 +118,7 @@ def probe_runs(
     words = [
         w
         for label, each in zip(labels, found, strict=True)
-        for w in describe(label, each, settings)
+        for w in describe(label, each, settings.solver)
     ]
     sent = _log(runs, [*figures.values(), table]) if log else []
     return ProbeReport(
@@ -127,7 +128,12 @@ def probe_runs(
         words=(*words, *(comparison.sentence for comparison in comparisons)),
         peaks={run.name: _peaks(each) for run, each in zip(runs, found, strict=True)},
         comparisons=tuple(comparisons),
-        notes=(*(note for run in runs for note in run.source.notes), *notes, *sent),
+        notes=(
+            *(note for run in runs for note in run.source.notes),
+            *price_notes("--nfe", settings.nfe, settings.solver),
+            *notes,
+            *sent,
+        ),
     )
 
 

@@ -24,7 +24,7 @@ from raysched.training.rollout_step import (
     wants_clean,
 )
 from raysched.training.setup import Run
-from raysched.training.targets import num_original, rollout_targets
+from raysched.training.targets import num_original, rollout_targets, without_target
 
 
 def teacher_forced(run: Run, batch: Batch) -> TrainingInputs:
@@ -73,7 +73,7 @@ def scheduled_sampling(run: Run, batch: Batch) -> TrainingInputs:
         plain,
         sample=rolled.sample,
         target=torch.where(row_mask(rolled.failed, target), plain.target, target),
-        rolled=to_device(plan.rolled, rolled.failed.device) & ~rolled.failed,
+        rolled=rolled.rolled,
         clean_prediction=rolled.clean_prediction,
         num_forwards=rolled.num_forwards,
         drift=rolled.drift,
@@ -103,7 +103,8 @@ def _with_passed(
 ) -> TrainingInputs:
     """Add the states on the way as rows of their own, with the plain loss.
 
-    Those of a rollout that failed are teacher-forced too, so that the count stays the plan's.
+    Those of a rollout that failed, or without a target that fits them, are teacher-forced too, so
+    that the count stays the plan's.
     """
     counts = tuple(
         len(plan.num_steps) + len(passed_states(plan, run.schedule, run.config.rollout))
@@ -114,7 +115,8 @@ def _with_passed(
     rows = passed.samples
     x0, eps = batch.x0[rows], batch.eps[rows]
     alpha, sigma = run.schedule.alpha_sigma(passed.u)
-    failed = row_mask(rolled.failed[rows], x0)
+    astray = to_device(without_target(run, passed.u), x0.device)
+    failed = row_mask(rolled.failed[rows] | astray, x0)
     original = prediction_target(run.config.prediction_type, x0, eps, alpha, sigma)
     sample = torch.where(failed, add_noise(x0, eps, alpha, sigma), rolled.kept)
     aim = rollout_targets(run, batch, rows, sample, passed.u, original)

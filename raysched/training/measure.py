@@ -22,6 +22,7 @@ from raysched.evaluation.samples import CONSISTENCY_FACTOR, CONSISTENCY_SAMPLES
 from raysched.evaluation.sampling import num_evaluations, num_steps
 from raysched.models.checkpoint_files import GROUPS
 from raysched.training.optimizer_state import optimizer_tensors
+from raysched.training.out_of_memory import memory_errors
 from raysched.training.setup import Run
 from raysched.training.train_step import train_step
 
@@ -171,7 +172,8 @@ def _timed_step(run: Run, step: int) -> _Timing:
     meter = run.meter
     before = meter.seconds("training"), meter.seconds("rollout"), meter.rollout
     run.step = step
-    result = train_step(run, step)
+    with memory_errors(run.config, step + 1):
+        result = train_step(run, step)
     if result.failed:
         raise RunFailedError(f"step {step + 1}: {result.describe_failure()}")
     return _Timing(

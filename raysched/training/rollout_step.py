@@ -21,6 +21,7 @@ from raysched.diffusion.rollout import plan_calls, rollout
 from raysched.diffusion.transfer import to_device
 from raysched.training.batch import Batch
 from raysched.training.setup import Run
+from raysched.training.targets import without_target
 
 # Forwards of one rollout that have ancestral noise of their own: ten times the finest grid.
 FORWARDS_PER_SAMPLE = 2**20
@@ -31,10 +32,11 @@ class RolledInputs:
     """What the rollouts made.
 
     Attributes:
-        sample: (b, C, H, W), x_hat_t where rolled out, x_t elsewhere.
+        sample: (b, C, H, W), x_hat_t where `rolled`, x_t elsewhere.
         clean_prediction: (b, C, H, W), the prediction at x_t of rolled samples (0 elsewhere);
             None unless ReflexFlow's frequency compensation is on.
         kept: (E, C, H, W), states on the way; None if none was asked for.
+        rolled: (b,) bool on the device, samples that are trained on at x_hat_t.
         failed: (b,) bool on the device, rollouts that ended in no finite number; their sample
             is x_t, their clean prediction 0.
         num_forwards: sample-forwards that it took on this rank.
@@ -44,6 +46,7 @@ class RolledInputs:
     sample: Tensor
     clean_prediction: Tensor | None
     kept: Tensor | None
+    rolled: Tensor
     failed: Tensor
     num_forwards: int
     drift: Tensor
@@ -109,14 +112,22 @@ def _made(
     made = [part for part in (result.x_hat, result.clean_pred) if part is not None]
     finite = torch.stack([part.isfinite().flatten(1).all(dim=1) for part in made]).all(dim=0)
     rolled = to_device(plan.rolled, x_t.device)
+    fits = to_device(~without_target(run, plan.target_u), x_t.device)
     # Rows that were not rolled out keep the teacher-forced input bit for bit.
-    sample = torch.where(row_mask(rolled & finite, x_t), result.x_hat, x_t)
+    sample = torch.where(row_mask(rolled & finite & fits, x_t), result.x_hat, x_t)
     clean = result.clean_pred
     if clean is not None:
         clean = torch.where(row_mask(finite, clean), clean, torch.zeros_like(clean))
     distance = (sample.detach() - x_t).flatten(1).square().mean(dim=1).sqrt()
-    failed = rolled & ~finite
-    return RolledInputs(sample, clean, result.kept, failed, result.num_forwards, distance.sum())
+    return RolledInputs(
+        sample=sample,
+        clean_prediction=clean,
+        kept=result.kept,
+        rolled=rolled & finite & fits,
+        failed=rolled & ~finite,
+        num_forwards=result.num_forwards,
+        drift=distance.sum(),
+    )
 
 
 def _call_plan(

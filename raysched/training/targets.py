@@ -47,6 +47,17 @@ def num_original(run: Run, u: Tensor) -> int:
     return int((run.schedule.alpha_sigma(u)[1] < ANCHOR_SIGMA_FLOOR).sum())
 
 
+def without_target(run: Run, u: Tensor) -> Tensor:
+    """(n,) bool on the host: latents at u (n,) that no target fits, so they stay teacher-forced.
+
+    Below sigma = 0.05 there is only the teacher-forced target, and fresh noise has left the noise
+    behind that it speaks of.
+    """
+    if not run.config.rollout.ancestral:
+        return torch.zeros(len(u), dtype=torch.bool)
+    return run.schedule.alpha_sigma(u)[1] < ANCHOR_SIGMA_FLOOR
+
+
 def _posterior_mean(
     run: Run, batch: Batch, rows: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:

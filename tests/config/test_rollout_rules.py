@@ -56,11 +56,11 @@ def test_settings_that_cannot_work_are_one_line_with_path_and_rule(config, field
         mapping("linear", t_min=0.5, t_max=0.5),
         mapping("linear", t_min=0.5, source_t_max=0.501),
         mapping(t_min=0.5, source_t_max=0.6, grid=10),
-        mapping(t_min=0.5, source_t_max=0.50001, grid="jump"),
+        mapping(t_min=0.5, source_t_max=0.50001, grid="jump", max_step_offset=1),
         mapping(t_min=0.2, t_max=0.6, source_t_max=0.9, stratified=True, reuse=3),
-        mapping(guidance_scale=2.0, policy="ema", dropout=True, bucket=8),
+        mapping(guidance_scale=2.0, policy="ema", dropout=True, bucket=8, model={"dropout": 0.1}),
         mapping(ancestral=True, sampler="euler", target="posterior_mean"),
-        mapping(grid="jump", jump_gradient=True),
+        mapping(grid="jump", jump_gradient=True, max_step_offset=1),
         mapping(offset_ramp_steps=10, offset_start=2, start_step=5, ramp_shape="cosine"),
     ],
 )
@@ -73,8 +73,9 @@ WARNINGS = [
     (mapping(offset_ramp_steps=9, offset_start=8), "offset_start", "K falls along its ramp"),
     (mapping(posterior_reference=8), "posterior_reference", "target is not posterior_mean"),
     (mapping(jump_gradient=True), "jump_gradient", "it takes grid: jump"),
-    (mapping(grid="jump", reuse="all"), "reuse", "always one step"),
+    (mapping(grid="jump", reuse="all", max_step_offset=1), "reuse", "always one step"),
     (mapping(guidance_scale=2.0, model={"label_dropout": 0}), "guidance_scale", "arbitrary"),
+    (mapping(bucket=48), "bucket", "pads calls to 96 rows where micro-batches have 64"),
     (mapping(t_max=0.9, source_t_max=0.8), "t_max", "are teacher-forced"),
     ({SS: {"reuse": "all"}}, "reuse", "max_step_offset is 0"),
 ]
@@ -85,3 +86,14 @@ def test_settings_without_effect_warn_once(config, field, text):
     (line,) = load_mapping(config, "c.yaml").warnings
     assert line.startswith(f"c.yaml: {SS}.{field}: ")
     assert text in line
+
+
+def test_a_path_too_short_for_the_probe_is_refused():
+    config = {
+        "noise_schedule": {"kind": "linear", "num_train_timesteps": 7},
+        "evaluation": {"probe_every_forward_equivalents": 1000.0},
+    }
+    with pytest.raises(ConfigError, match=r"probe_every_forward_equivalents: .*timesteps 7"):
+        load_mapping(config, "c.yaml")
+    config["noise_schedule"]["num_train_timesteps"] = 8
+    load_mapping(config, "c.yaml")

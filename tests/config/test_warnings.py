@@ -32,7 +32,13 @@ CASES = [
     (rollout(ramp_steps=10), "probability", "prob_start and prob_end count"),
     (rollout(sampler="euler", order=2), "order", "only dpm and unipc"),
     (rollout(sampler="rk4", order=2), "order", "only dpm and unipc"),
-    (rollout(grid="jump", strategy="biased_late"), "strategy", "always one step"),
+    (
+        rollout(grid="jump", strategy="biased_late", max_step_offset=1),
+        "strategy",
+        "always one step",
+    ),
+    (rollout(grid="jump", max_step_offset=5), "max_step_offset", "always one step"),
+    (rollout(dropout=True), "dropout", "model.dropout is 0"),
     (rollout(reflexflow=False, reflexflow_beta1=2.0), "reflexflow_beta1", "reflexflow is off"),
     (
         {"prediction_type": "epsilon", **rollout(reflexflow_beta1=2.0)},
@@ -64,7 +70,9 @@ OTHERS = [
     ({"data": {"grayscale": True}}, "data.grayscale"),
     ({"evaluation": {"enabled": False, "nfe": [4]}}, "evaluation.nfe"),
     ({"tracking": {"enabled": False, "uri": "x"}}, "tracking.uri"),
-    ({"evaluation": {"sampler": "rk4", "nfe": [8, 10]}}, "evaluation.nfe"),
+    ({"evaluation": {"sampler": "rk4", "nfe": [5, 8]}}, "evaluation.nfe"),
+    ({"evaluation": {"sampler": "rk4", "nfe": [9], "guidance_scale": 2.0}}, "evaluation.nfe"),
+    ({"evaluation": {"probe_share": 0.5}}, "evaluation.probe_share"),
     ({"training": {"device": "cuda"}}, "training.device"),
     (
         {"training": {"keep_best": 2}, "evaluation": {"placement": "background"}},
@@ -91,7 +99,7 @@ def test_other_settings_without_effect_warn_once(mapping, path):
         {SS: {"max_step_offset": 0, "probability": 0.0, "reflexflow": False}},
         {"prediction_type": "v_prediction", "noise_schedule": {"kind": "flow", "shift": 3.0}},
         {"noise_schedule": {"num_train_timesteps": 50}},
-        {"evaluation": {"sampler": "rk4", "nfe": [8, 16]}},
+        {"evaluation": {"sampler": "rk4", "nfe": [1, 5, 17]}},
         {"exposure": "none"},
     ],
 )

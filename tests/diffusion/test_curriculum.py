@@ -105,7 +105,12 @@ def test_a_ddpm_jump_from_the_last_index_is_impossible_and_counted() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"max_step_offset": 0}, {"probability": 0.0}, {"ramp_steps": 10, "start_step": 100}],
+    [
+        {"max_step_offset": 0},
+        {"max_step_offset": 0, "offset_ramp_steps": 100, "offset_start": 5},
+        {"probability": 0.0},
+        {"ramp_steps": 10, "start_step": 100},
+    ],
 )
 def test_settings_that_switch_rollouts_off_leave_every_sample_alone(
     changes: dict[str, Any],

@@ -239,6 +239,41 @@ def test_the_forecast_is_the_mean_of_independent_draws(
     assert abs(float(each.mean())) < 4 * float(each.std()) / len(each) ** 0.5
 
 
+@pytest.mark.parametrize("noise", [{"kind": "flow", "shift": 0.2}, {"kind": "cosine"}])
+def test_self_correction_is_not_billed_for_the_targets_that_it_leaves_alone(
+    noise: dict[str, Any],
+) -> None:
+    method = {"exposure": "self_correction", "self_correction": {"probability": 0.9}}
+    kind = {} if noise["kind"] == "flow" else {"prediction_type": "epsilon"}
+    config = load_mapping({**method, **kind, "noise_schedule": noise}, "test").config
+    schedule = NoiseSchedule.from_config(config.noise_schedule)
+    u = schedule.training_u(fine_uniforms(8192))
+    plan = draw_plan(config, schedule, u, 0, 0, torch.arange(8192))
+    corrected = plan.rolled & (schedule.alpha_sigma(u)[1] >= 0.05)
+    share = step_forecast(config, 0).num_rolled / config.training.batch_size
+    assert share == pytest.approx(float(corrected.double().mean()), rel=0.02)
+    assert share < 0.99 * float(plan.rolled.double().mean())
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_padded_jumps_with_gradient_are_billed_at_three_by_micro_batch(accumulation: int) -> None:
+    rollout = {"grid": "jump", "jump_gradient": True, "probability": 0.5, "bucket": 16}
+    config = run_config(
+        {"max_step_offset": 1, "reflexflow": False, **rollout},
+        training={"batch_size": 128, "gradient_accumulation": accumulation},
+    )
+    plain = run_config(
+        {"max_step_offset": 1, "reflexflow": False, **rollout, "bucket": 1},
+        training={"batch_size": 128, "gradient_accumulation": accumulation},
+    )
+    filled = step_forecast(config, 0).rollout - step_forecast(plain, 0).rollout
+    rolled = torch.distributions.Binomial(128 // accumulation, torch.tensor(0.5))
+    torch.manual_seed(0)
+    rows = rolled.sample((100_000,))
+    waste = ((rows / 16).ceil() * 16 - rows).mean()
+    assert filled == pytest.approx(3 * accumulation * float(waste), rel=0.05)
+
+
 def test_the_ramp_is_summed_step_by_step() -> None:
     config = run_config(RAMP, training={"budget": {"steps": 150}})
     by_hand = sum(step_forecast(config, step).total for step in range(150))

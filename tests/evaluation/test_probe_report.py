@@ -1,5 +1,6 @@
 """`raysched probe` on runs side by side: files, table, comparison, and the user's mistakes."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_a_pipeline_and_another_noise_schedule_are_measured_beside_runs(runs, tm
     assert sorted(found.peaks) == ["alone", "cosine", "without"]
     assert [c.run for c in found.comparisons] == ["alone (training unknown)"]
     (note,) = found.notes
-    assert note.startswith("cosine and without have different noise schedules")
+    assert note.startswith("alone and cosine have different noise schedules")
 
 
 def test_what_cannot_be_probed_is_told_in_one_message(runs, tmp_path: Path):
@@ -131,6 +132,20 @@ def test_figures_wait_in_the_spool_while_mlflow_is_away(runs, tmp_path: Path):
         "probe/quality.png",
         "probe/probe.parquet",
     ]
+
+
+def test_every_run_is_compared_with_the_plain_one(runs, tmp_path: Path):
+    rival = make_run(tmp_path / "rival", exposure="input_perturbation")
+    found = probe_runs([*runs, rival], settings=FAST, out=tmp_path / "out", log=False)
+    compared = [(each.run.split()[0], each.baseline.split()[0]) for each in found.comparisons]
+    assert compared == [("with", "without"), ("rival", "without")]
+
+
+def test_evaluations_that_rk4_cannot_spend_are_told(runs, tmp_path: Path):
+    settings = dataclasses.replace(FAST, solver="rk4", nfe=(1, 8))
+    found = probe_runs([runs[0]], settings=settings, out=tmp_path, log=False)
+    (note,) = found.notes
+    assert note == "--nfe: 8 pays for 2 step(s) of rk4, which take 5 network evaluations."
 
 
 def test_a_tracked_run_gets_figures_and_table(runs, tmp_path: Path):

@@ -18,6 +18,7 @@ from raysched.errors import DataError
 from raysched.training import measure
 from raysched.training.checkpoint import checkpoint_folders
 from raysched.training.measure import measure_speed, safetensors_bytes
+from raysched.training.out_of_memory import StepMemoryError
 from raysched.training.plan import Plan, plan_run
 from raysched.training.run_folder import read_metrics
 from raysched.training.setup import build_run
@@ -195,6 +196,17 @@ def test_mistakes_end_like_those_of_train(
     missing = {"data__source": "image_folder", "data__path": str(tmp_path / "away")}
     with pytest.raises(DataError, match="away"):
         plan_run(small_config(**missing))
+
+
+def test_memory_that_runs_out_while_measuring_is_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def scarce(*arguments: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: you tried to allocate 8 bytes.")
+
+    monkeypatch.setattr(measure, "train_step", scarce)
+    with pytest.raises(StepMemoryError, match=r"step \d+: out of memory at micro-batches of"):
+        plan_run(small_config())
 
 
 def test_checkpoints_beyond_keep_last_are_not_counted(tmp_path: Path) -> None:

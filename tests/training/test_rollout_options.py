@@ -278,6 +278,24 @@ def test_ancestral_rollouts_differ_by_sample_and_step_and_repeat():
     assert not torch.equal(first, scheduled_sampling(still, draw_batch(still, 0)).sample)
 
 
+def test_an_ancestral_rollout_that_no_target_fits_stays_teacher_forced():
+    options = {"sampler": "euler", "ancestral": True, "t_max": 0.2, "reuse": "all", "grid": 20}
+    changes = {f"scheduled_sampling__{key}": value for key, value in options.items()}
+    changes["noise_schedule__timestep_sampling"] = "uniform"
+    run = build_run(rollout_config(**changes, training__batch_size=256))
+    batch = draw_batch(run, 0)
+    inputs, plain = scheduled_sampling(run, batch), teacher_forced(run, batch)
+    sigma = run.schedule.alpha_sigma(batch.plan.target_u)[1]
+    astray = batch.plan.rolled & (sigma < 0.05)
+    assert 0 < int(astray.sum()) < batch.plan.num_rolled
+    size = len(batch.x0)
+    assert torch.equal(inputs.sample[:size][astray], plain.sample[astray])
+    assert torch.equal(inputs.target[:size][astray], plain.target[astray])
+    assert torch.equal(inputs.rolled[:size], batch.plan.rolled & ~astray)
+    moved = (inputs.sample[:size] != plain.sample).flatten(1).any(dim=1)
+    assert torch.equal(moved, batch.plan.rolled & ~astray)
+
+
 def spoil(run: Run, spoilt: set[int], batch) -> None:
     """Let the network answer NaN for some samples, in rollouts only."""
     predict = run.predict
