@@ -19,7 +19,7 @@ from torch import Tensor
 
 from raysched.config.run import PredictionType, SolverName
 from raysched.diffusion.curriculum import RolloutPlan
-from raysched.diffusion.packing import Packing, pack_chains, stack_chains
+from raysched.diffusion.packing import Packing, pack_chains
 from raysched.diffusion.programs import Order, Program
 from raysched.diffusion.reuse import PassedStates
 from raysched.diffusion.schedules import NoiseSchedule
@@ -66,10 +66,9 @@ class CallPlan:
         timesteps: (W,) in the state's dtype.
         coefficients: (num_sources, num_rows, W, 1), folded, in the state's dtype.
         bounds: offsets of the calls.
-        rolled: (L,) int64, the samples with k > 0, longest rollouts first.
+        rolled: (L,) int64, the samples with k > 0.
         with_clean: whether each of them has a clean prediction too.
-        nested: a call's rows are the leading ones of the call before, all of them in the first:
-            nothing has to be gathered.
+        in_step: all rows take part in every call, in their order: nothing has to be gathered.
         noise: (W, D) of ancestral steps, else None.
         guidance_scale: of classifier-free guidance; 1 is off.
         guided: the rows that run a second time without their label; None without guidance.
@@ -86,7 +85,7 @@ class CallPlan:
     bounds: tuple[int, ...]
     rolled: Tensor
     with_clean: bool
-    nested: bool
+    in_step: bool
     noise: Tensor | None = None
     guidance_scale: float = 1.0
     guided: Picks | None = None
@@ -180,7 +179,6 @@ def plan_calls(
     """
     options = options or CallOptions(with_clean=with_clean)
     rolled = torch.nonzero(plan.rolled)[:, 0]
-    rolled = rolled[torch.argsort(plan.num_steps[rolled], descending=True, stable=True)]
     table = build_table(
         schedule,
         plan.nodes_u[rolled],
@@ -220,12 +218,7 @@ class Layout:
         if clean_times is not None:
             lengths = torch.cat([lengths, torch.ones_like(self.rolled)])
         capacity = max(capacity // self.options.lanes_per_row, 1)
-        # Padding would fill the last calls of a stack many times over.
-        nested = self.options.bucket == 1 and lengths.numel() <= capacity and _descends(lengths)
-        if nested:
-            packing = stack_chains(lengths, self.options.least_calls)
-        else:
-            packing = pack_chains(lengths, capacity, self.options.least_calls)
+        packing = pack_chains(lengths, capacity, self.options.least_calls)
         is_lane = packing.chain < num_lanes
         lane = torch.where(is_lane, packing.chain, packing.chain - num_lanes)
         coefficients = table.program.folded(table.coefficients[:, lane, packing.position])
@@ -234,6 +227,7 @@ class Layout:
             emitting = table.program.emitting()[:, :, None]
             coefficients = torch.where(is_lane, coefficients, emitting)
             timesteps = torch.where(is_lane, timesteps, clean_times[lane])
+        sizes_equal = packing.num_calls * lengths.numel() == packing.chain.numel()
         guided = None
         if self.options.guidance_scale != 1.0:
             guided = _picks(packing, is_lane, packing.chain, device)
@@ -247,7 +241,7 @@ class Layout:
             bounds=packing.bounds,
             rolled=to_device(self.rolled, device),
             with_clean=clean_times is not None,
-            nested=nested,
+            in_step=sizes_equal and lengths.numel() <= capacity,
             noise=self._noise(self.rolled[lane], packing.position, is_lane, device, dtype),
             guidance_scale=self.options.guidance_scale,
             guided=guided,
@@ -287,10 +281,6 @@ class Layout:
         slots[lane_of[wanted.samples], wanted.steps * per_step] = torch.arange(len(wanted))
         slot = torch.where(is_lane, slots[lane, packing.position], -1)
         return _picks(packing, slot >= 0, slot, device)
-
-
-def _descends(lengths: Tensor) -> bool:
-    return bool((lengths[1:] <= lengths[:-1]).all())
 
 
 def _picks(packing: Packing, chosen: Tensor, slots: Tensor, device: torch.device | str) -> Picks:

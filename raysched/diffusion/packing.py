@@ -8,10 +8,6 @@ that overflows its slot begins in the next one, where it is earlier in time. All
 same number of rows, give or take one, which is also what compiled networks like. Only cumulative
 sums and one sort are needed, no loop over chains.
 
-Where all chains fit side by side and are sorted, longest first, they may as well all begin in the
-first call (`stack_chains`): as many calls, whose rows are the leading ones of the call before, so
-that nothing has to be gathered between them.
-
 Legend: L chains, W forwards in all, M calls.
 """
 
@@ -48,22 +44,6 @@ def calls_needed(lengths: Tensor, capacity: int) -> int:
     """The least number of calls: the longest chain, or all forwards over the capacity."""
     longest = int(lengths.max()) if lengths.numel() else 0
     return max(longest, -(-int(lengths.sum()) // capacity))
-
-
-def stack_chains(lengths: Tensor, least_calls: int = 0) -> Packing:
-    """Let all chains begin in the first call.
-
-    Args:
-        lengths: (L,) int64 on the CPU, forwards per chain, in descending order.
-        least_calls: as of `pack_chains`.
-    """
-    length = lengths.numpy()
-    num_calls = max(int(length.max(initial=0)), least_calls)
-    sizes = (length > np.arange(num_calls)[:, None]).sum(axis=1)
-    bounds = np.concatenate([[0], np.cumsum(sizes)])
-    position = np.repeat(np.arange(num_calls), sizes)
-    chain = np.arange(len(position)) - bounds[position]
-    return Packing(torch.from_numpy(chain), torch.from_numpy(position), tuple(bounds.tolist()))
 
 
 def pack_chains(lengths: Tensor, capacity: int, least_calls: int = 0) -> Packing:

@@ -119,30 +119,21 @@ def _run(
     zeros = torch.zeros_like(start)
     state = torch.stack([start if row in program.start else zeros for row in program.rows])
     kept = None if calls.kept is None else start.new_empty(len(calls.kept.rows), start.shape[1])
-    ended: list[Tensor] = []
     for number, call in enumerate(_calls(network, calls)):
-        count = len(call.rows)
-        if not calls.nested:
-            active = state.index_select(1, call.rows)
-        else:
-            if count < state.shape[1]:
-                # A copy: a view would keep the whole state alive.
-                ended.append(state[0, count:].clone())
-                state = state[:, :count]
-            active = state
+        active = state if calls.in_step else state.index_select(1, call.rows)
         if kept is not None and calls.kept is not None:
             places, slots = calls.kept.of(number)
             kept.index_copy_(0, slots, active[0].index_select(0, places).detach())
         sample = active[0].view(-1, *shape)
         out = _predict(network, sample, calls, number, call).flatten(1).to(start.dtype)
-        if not count:
+        if not len(call.rows):
             continue
         new = _advance(active, out, call)
-        if calls.nested:
+        if calls.in_step:
             state = new
         else:
             state.index_copy_(1, call.rows, new)
-    return torch.cat([state[0], *reversed(ended)]), kept
+    return state[0], kept
 
 
 class _Call(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysched.diffusion.packing import pack_chains, stack_chains
+from raysched.diffusion.packing import pack_chains
 
 LENGTHS = st.lists(st.integers(min_value=0, max_value=12), min_size=0, max_size=40)
 
@@ -38,20 +38,6 @@ def test_no_schedule_needs_fewer_calls_and_calls_are_balanced(
     assert sum(sizes) == total
     if sizes:
         assert max(sizes) - min(sizes) <= 1
-
-
-@given(st.lists(st.integers(0, 6), max_size=12), st.integers(0, 8))
-def test_a_stack_has_every_forward_once_and_calls_that_nest(
-    lengths: list[int], least_calls: int
-) -> None:
-    lengths.sort(reverse=True)
-    stack = stack_chains(torch.tensor(lengths, dtype=torch.int64), least_calls)
-    assert stack.num_calls == max(max(lengths, default=0), least_calls)
-    for call in range(stack.num_calls):
-        rows = slice(stack.bounds[call], stack.bounds[call + 1])
-        longer = sum(length > call for length in lengths)
-        assert stack.chain[rows].tolist() == list(range(longer))
-        assert stack.position[rows].tolist() == [call] * longer
 
 
 def test_equal_chains_within_the_capacity_stay_in_step() -> None:
