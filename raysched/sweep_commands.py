@@ -69,12 +69,19 @@ def tune(
 
 def pick(
     sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep's folder.")],
-    top: Annotated[int, typer.Option(min=1, help="Candidates beside the baseline.")] = 3,
-    seeds: Annotated[int, typer.Option(min=1, help="Fresh seeds of each.")] = 3,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Candidates beside the baseline; default: 3.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Fresh seeds of each; default: 3.")
+    ] = None,
     resume: Resume = False,
     as_json: Json = False,
 ) -> Work:
-    """Train a sweep's best again on fresh seeds, and say who beats plain training."""
+    """Train a sweep's best again on fresh seeds, and say who beats plain training.
+
+    With --resume, --top and --seeds are those of the pick that is there, unless they are given.
+    """
 
     def work() -> Outcome:
         STOP.install()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,10 +20,11 @@ MEAN_SHARE = {"uniform": 1 / 2, "biased_early": 1 / 3, "biased_late": 0.7072}
 MATTERS = {
     "exposure",
     "training.batch_size",
+    "training.gradient_accumulation",
     *(SS + name for name in ("max_step_offset", "strategy", "grid", "sampler", "probability")),
     *(SS + name for name in ("guidance_scale", "jump_gradient", "reflexflow", "reflexflow_alpha")),
     *(SS + name for name in ("ramp_steps", "offset_ramp_steps", "start_step")),
-    *(SS + name for name in ("prob_start", "prob_end")),
+    *(SS + name for name in ("prob_start", "prob_end", "reuse", "bucket")),
 }
 MAX_CORNERS, NUM_RANDOM = 20_000, 500
 
@@ -126,17 +129,74 @@ def _ramp_cost(run: Mapping[str, Any]) -> tuple[float, int]:
     ramp = max(rollout["ramp_steps"], rollout["offset_ramp_steps"])
     if not ramp or run["exposure"] != "scheduled_sampling" or not rollout["max_step_offset"]:
         return 0.0, 0
-    forwards = 4 if rollout["sampler"] == "rk4" else 1
-    forwards *= 2 if rollout["guidance_scale"] != 1 else 1
-    steps = MEAN_SHARE[rollout["strategy"]] * rollout["max_step_offset"]
-    # A rollout on the jump grid is one step, with gradient on request.
-    if rollout["grid"] == "jump":
-        steps = 3.0 if rollout["jump_gradient"] else 1.0
-    clean = rollout["reflexflow"] is not False and rollout["reflexflow_alpha"] != 0
-    rolled = steps * forwards + clean
+    rolled = _rolled_cost(rollout)
     before, after = rollout["prob_start"], rollout["prob_end"]
     if not rollout["ramp_steps"]:
         before = after = rollout["probability"]
     start = rollout["start_step"]
     per_sample = start * (3 + before * rolled) + ramp * (3 + (before + after) / 2 * rolled)
-    return run["training.batch_size"] * per_sample, int(start + ramp)
+    padded = start * _padded_rows(run, before, before) + ramp * _padded_rows(run, before, after)
+    return run["training.batch_size"] * per_sample + padded, int(start + ramp)
+
+
+def _rolled_cost(rollout: Mapping[str, Any]) -> float:
+    """Forward equivalents of a rolled sample beside the 3 that every sample costs."""
+    jump = rollout["grid"] == "jump"
+    price = 3 if jump and rollout["jump_gradient"] else 1
+    passed = 0.0
+    # A jump is one step and passes no states.
+    if rollout["reuse"] != "last" and not jump:
+        offset = rollout["max_step_offset"]
+        most = offset if rollout["reuse"] == "all" else min(rollout["reuse"], offset)
+        passed = _passed_states(rollout["strategy"], offset, most)
+    return price * _solver_rows(rollout) + _clean_rows(rollout) + 3 * passed
+
+
+def _solver_rows(rollout: Mapping[str, Any]) -> float:
+    """Forwards that the solver makes of a rolled sample, on average."""
+    steps = MEAN_SHARE[rollout["strategy"]] * rollout["max_step_offset"]
+    forwards = 4 if rollout["sampler"] == "rk4" else 1
+    forwards *= 2 if rollout["guidance_scale"] != 1 else 1
+    return forwards * (1.0 if rollout["grid"] == "jump" else steps)
+
+
+def _clean_rows(rollout: Mapping[str, Any]) -> int:
+    return int(rollout["reflexflow"] is not False and rollout["reflexflow_alpha"] != 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _passed_states(strategy: str, offset: int, most: int) -> float:
+    """Mean of min(k, most) - 1, or 0 for k = 0: what `reuse` trains on beside the last state."""
+    return sum(_chance_of_at_least(strategy, offset, j) for j in range(2, most + 1))
+
+
+def _chance_of_at_least(strategy: str, offset: int, j: int) -> float:
+    """P(k >= j) before clamping, 1 <= j <= K; `offset_law` has it for tensors."""
+    if strategy == "uniform":
+        return (offset + 1 - j) / (offset + 1)
+    share = (j - 0.5) / offset
+    return 1 - math.sqrt(share) if strategy == "biased_early" else math.sqrt(1 - share)
+
+
+def _padded_rows(run: Mapping[str, Any], before: float, after: float) -> float:
+    """Rows that fill the calls of an optimizer step up to multiples of `bucket`, roughly at most.
+
+    A worker makes as many calls as the longest rollout has, or as its rows need in full batches.
+    Calls that are not full waste what they lack, others half a bucket on average.
+
+    Args:
+        run: resolved values by dotted key.
+        before: the chance of a rollout at the beginning of some optimizer steps.
+        after: at their end.
+    """
+    rollout = {key.removeprefix(SS): value for key, value in run.items() if key.startswith(SS)}
+    bucket, chance = rollout["bucket"], max(before, after)
+    if bucket == 1 or not chance:
+        return 0.0
+    longest = 1 if rollout["grid"] == "jump" else rollout["max_step_offset"]
+    longest *= 4 if rollout["sampler"] == "rk4" else 1
+    rows = _solver_rows(rollout) + _clean_rows(rollout)
+    full = run["training.gradient_accumulation"] * chance * rows + 1
+    calls = max(run["scaling.num_workers"], 1) * max(longest, full)
+    filled = run["training.batch_size"] * (before + after) / 2 * rows
+    return float(max(calls * bucket - filled, calls * (bucket - 1) / 2))

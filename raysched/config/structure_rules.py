@@ -60,8 +60,9 @@ def structure_findings(
     if findings:
         return findings, []
     points = _points(structure)
+    # A constraint that can't be reckoned with can't judge points either.
     findings = _constraint_mistakes(structure, points, source)
-    findings += _point_mistakes(sweep, structure, source)
+    findings = findings or _point_mistakes(sweep, structure, raw, source)
     if findings:
         return findings, []
     kept = [point for point in points if structure.broken(point) is None]
@@ -97,11 +98,12 @@ def _constraint_mistakes(
         searched = constraint.names & set(structure.space)
         concerned = [point for point in points if searched <= point.keys()]
         try:
-            none = all(alone.broken(point) is not None for point in concerned)
+            # Every one of them: the first to fulfil it may be the only one of numbers.
+            broken = [alone.broken(point) is not None for point in concerned]
         except ValueError as error:
             findings.append(Finding(source, f"constraints[{number}]", str(error)))
             continue
-        if none:
+        if all(broken):
             text = f"none of {NUM_POINTS} random combinations fulfils {show(constraint.text)}"
             findings.append(Finding(source, f"constraints[{number}]", text))
     if not findings and all(structure.broken(point) is not None for point in points):
@@ -110,8 +112,12 @@ def _constraint_mistakes(
     return findings
 
 
-def _point_mistakes(sweep: SweepConfig, structure: Structure, source: str) -> list[Finding]:
-    """First points with settings that no completion of them searches, or that break a rule."""
+def _point_mistakes(
+    sweep: SweepConfig, structure: Structure, raw: Mapping[str, Any], source: str
+) -> list[Finding]:
+    """First points with settings that no completion of them searches, that break a rule, or of
+    which no completion is a run: the search would drop them without a word.
+    """
     findings = []
     generator = random.Random(1)  # noqa: S311 - no secret
     for number, point in enumerate(sweep.search.points):
@@ -128,7 +134,25 @@ def _point_mistakes(sweep: SweepConfig, structure: Structure, source: str) -> li
         if all(broken):
             assert broken[0] is not None
             findings.append(Finding(source, place, f"breaks {show(broken[0].text)}"))
+            continue
+        kept = [settings for settings, by in zip(whole, broken, strict=True) if by is None]
+        reason = _no_run(raw, kept)
+        if reason:
+            findings.append(Finding(source, place, f"is no run: {reason}"))
     return findings
+
+
+def _no_run(raw: Mapping[str, Any], points: list[dict[str, Any]]) -> str:
+    """Why none of some combinations is a run; empty if one of them is."""
+    reason = ""
+    for point in points:
+        try:
+            assign(raw, point)
+        except ConfigError as error:
+            reason = reason or "; ".join(error.problems)
+        else:
+            return ""
+    return reason
 
 
 def _run_mistakes(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 from raysched.config.entries import Entries
 from raysched.config.fields import RUN
 from raysched.config.loading import Loaded, Written, warnings_of
 from raysched.config.run import RunConfig
+from raysched.config.structure import structure_of
 from raysched.config.sweep import SweepConfig
 from raysched.errors import ConfigError
+
+# Combinations of a grid are counted so far.
+MAX_COUNTED = 100_000
 
 
 def sweep_budget(sweep: SweepConfig, base: RunConfig | Loaded) -> float:
@@ -53,4 +59,20 @@ def sweep_warnings(
             f"{source}: space.scheduled_sampling.sampler: on the training grid all solvers "
             f"agree; search {grid} too, or set a coarser one"
         )
-    return lines
+    return [*lines, *_grid_left(sweep, config, source)]
+
+
+def _grid_left(sweep: SweepConfig, config: RunConfig, source: str) -> list[str]:
+    """A warning where a grid is larger than the search: only its first combinations are tried."""
+    if sweep.search.algorithm != "grid":
+        return []
+    wanted = sweep.search.num_samples
+    count = sum(1 for _ in itertools.islice(structure_of(sweep, config).every(), MAX_COUNTED))
+    if count <= wanted:
+        return []
+    number = f"{count}" if count < MAX_COUNTED else f"{count} and more"
+    return [
+        f"{source}: search.num_samples: only the first {wanted} of the grid's combinations are "
+        f"tried, of {number}; raise it to try every one, or draw from them by another "
+        "search.algorithm (random, tpe)"
+    ]

@@ -26,9 +26,9 @@ from raysched.report.write import REPORT_FOLDER, with_samples
 from raysched.training.events import LOG_FILE
 from raysched.training.files import storage_errors
 from raysched.tuning.compare import final_samples, metric_name, run_folders
-from raysched.tuning.display import quality_text, settings_text, status_text
+from raysched.tuning.display import headers, quality_text, settings_text, status_text
 from raysched.tuning.fixed_cost import fixed_cost_text
-from raysched.tuning.importance import MIN_TRIALS, importances
+from raysched.tuning.importance import MIN_TRIALS, importances, left_out
 from raysched.tuning.records import TrialRecord
 
 PAGE = "report.html"
@@ -185,8 +185,11 @@ def _searched(stored: StoredSweep, runs: Sequence[ComparedRun]) -> list[str]:
 
 def _add_importance(stored: StoredSweep, notes: list[str], add: Any) -> None:
     found = importances(stored.result.trials, stored.sweep.space)
+    missing = headers(left_out(stored.result.trials, stored.sweep.space))
+    some = f"Only some trials have {', '.join(missing)}: left out." if missing else ""
     if not found:
-        notes.append(f"parameter importance: takes {MIN_TRIALS} trials whose quality differs")
+        text = f"takes {MIN_TRIALS} trials whose quality differs, and two settings that all have"
+        notes.append(f"parameter importance: {text}. {some}".strip())
         return
     count = sum(bool(trial.curve) for trial in stored.result.trials if not trial.baseline)
     add(
@@ -194,7 +197,7 @@ def _add_importance(stored: StoredSweep, notes: list[str], add: Any) -> None:
         "Which settings matter",
         importance_figure(found),
         f"Functional ANOVA of a random forest over {count} trials, at the last evaluation that "
-        "all of them share. Wide bars: too few trials to say.",
+        f"all of them share. Wide bars: too few trials to say. {some}".strip(),
     )
 
 

@@ -19,7 +19,11 @@ MIN_REPLICATES = 1000
 
 
 def compare_with_baseline(
-    baseline: TrialRecord, candidates: Sequence[TrialRecord], *, config: RunConfig, seeds: int
+    baseline: TrialRecord,
+    candidates: Sequence[TrialRecord],
+    *,
+    config: RunConfig,
+    seeds: Sequence[int],
 ) -> list[Comparison]:
     """Paired bootstrap of q of the baseline minus q of each candidate, over seeds and samples.
 
@@ -27,7 +31,7 @@ def compare_with_baseline(
         baseline: the teacher-forced trial.
         candidates: trials that reached the budget.
         config: the base run: data, metric, features, level of the intervals.
-        seeds: training seeds per trial.
+        seeds: training seeds of each trial; others that a folder holds are not looked at.
 
     Raises:
         StorageError: a run's samples are missing.
@@ -69,10 +73,11 @@ def metric_name(config: RunConfig) -> str:
     return f"{label} (EffNet-Lite0)" if network else label
 
 
-def run_folders(trial: TrialRecord) -> list[Path]:
-    """The folders of a trial's runs, by seed."""
+def run_folders(trial: TrialRecord, seeds: Sequence[int] | None = None) -> list[Path]:
+    """The folders of a trial's runs, by seed; only those of `seeds`, if given."""
     folder = Path(trial.run_dir)
-    return sorted(folder.glob("seed-*"), key=lambda path: int(path.name[5:])) or [folder]
+    found = {int(path.name[5:]): path for path in folder.glob("seed-*")}
+    return [found[seed] for seed in sorted(found) if seeds is None or seed in seeds] or [folder]
 
 
 def final_samples(run_dir: Path) -> tuple[dict[int, Tensor], Tensor]:
@@ -98,8 +103,8 @@ def final_samples(run_dir: Path) -> tuple[dict[int, Tensor], Tensor]:
     return {int(name.removeprefix("nfe_")): images for name, images in tensors.items()}, labels
 
 
-def _samples(trial: TrialRecord, seeds: int) -> list[dict[int, Tensor]]:
-    folders = run_folders(trial)
-    if len(folders) != seeds:
-        raise StorageError(f"{trial.run_dir}: {len(folders)} of {seeds} seeds have been trained")
+def _samples(trial: TrialRecord, seeds: Sequence[int]) -> list[dict[int, Tensor]]:
+    folders, count = run_folders(trial, seeds), len(seeds)
+    if len(folders) != count:
+        raise StorageError(f"{trial.run_dir}: {len(folders)} of {count} seeds have been trained")
     return [final_samples(folder)[0] for folder in folders]

@@ -176,7 +176,11 @@ def shown_objectives(records: Iterable[TrialRecord]) -> list[str]:
 def front_of(records: Iterable[TrialRecord], names: Sequence[str]) -> set[int]:
     """Numbers of the trials that no other one beats in all objectives."""
     signs = [-1.0 if COMPONENTS[name].direction == "max" else 1.0 for name in names]
-    whole = [record for record in records if set(names) <= record.objectives.keys()]
+    whole = [
+        record
+        for record in records
+        if all(math.isfinite(record.objectives.get(name, math.nan)) for name in names)
+    ]
     rows = [[s * r.objectives[n] for s, n in zip(signs, names, strict=True)] for r in whole]
     return {record.number for record, on in zip(whole, non_dominated(rows), strict=True) if on}
 

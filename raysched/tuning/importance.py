@@ -52,10 +52,20 @@ def shared_quality(trials: Sequence[TrialRecord]) -> dict[int, float]:
     return {number: curve[last - 1] for number, curve in curves.items()}
 
 
+def left_out(trials: Sequence[TrialRecord], space: Mapping[str, Dimension]) -> list[str]:
+    """Settings that `importances` can't speak of, because only some evaluated trials have them."""
+    quality = shared_quality(trials)
+    used = [trial for trial in trials if trial.number in quality]
+    return [key for key in space if not all(key in trial.assignments for trial in used)]
+
+
 def importances(
     trials: Sequence[TrialRecord], space: Mapping[str, Dimension], *, seed: int = 0
 ) -> list[Importance]:
     """Shares of the settings that all trials have, the most important first.
+
+    Of one such setting there is nothing to say: shares are relative, so that it would get the
+    whole, whatever it does.
 
     Args:
         trials: of the sweep; the baseline is no point of the space and left out.
@@ -63,12 +73,14 @@ def importances(
         seed: of the resampling and the forests.
 
     Returns:
-        Empty where there are too few trials or nothing varies.
+        Empty where there are too few trials, q does not vary, or fewer than two settings do.
     """
     quality = shared_quality(trials)
     used = [trial for trial in trials if trial.number in quality]
-    keys = [key for key in space if all(key in trial.assignments for trial in used)]
-    if len(used) < MIN_TRIALS or not keys or len(set(quality.values())) < 2:
+    missing = left_out(trials, space)
+    keys = [key for key in space if key not in missing]
+    varying = [key for key in keys if len({repr(t.assignments[key]) for t in used}) > 1]
+    if len(used) < MIN_TRIALS or len(varying) < 2 or len(set(quality.values())) < 2:
         return []
     generator = random.Random(seed)  # noqa: S311 - resampling, not security
     shares: dict[str, list[float]] = {key: [] for key in keys}

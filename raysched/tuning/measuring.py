@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 from raysched.tuning.journal import Journal
@@ -51,7 +52,8 @@ def pareto_summary(
     if not objectives.several:
         return None
     losses = {record.number: objectives.losses(record) for record in records}
-    known = {number: row for number, row in losses.items() if row is not None}
+    # One infinite value would make the corner, and so every volume, infinite.
+    known = {n: row for n, row in losses.items() if row is not None and all(map(isfinite, row))}
     summary: dict[str, Any] = {
         "objectives": list(objectives.names),
         "directions": {objective.name: objective.direction for objective in objectives.each},

@@ -55,6 +55,10 @@ class ParetoHalving:
         entered[number] = tuple(values)
         return place_of_last(list(entered.values())) >= math.ceil(len(entered) / self._factor)
 
+    def take_up(self, number: int, spent: float, values: Sequence[float]) -> None:
+        """Enter a trial of an earlier session, in which it was judged."""
+        self.stops(number, spent, values)
+
 
 def place_of_last(points: Sequence[Sequence[float]]) -> int:
     """Where the last point stands in `best_first`, without the order of what is behind it."""

@@ -93,7 +93,9 @@ class PickResult:
     def as_text(self) -> str:
         """The last lines for a person."""
         if self.verdict is None:
-            stopped = f"stopped; go on with: raysched pick {self.folder.parent} --resume"
+            asked = f"--seeds {len(self.seeds)} --top {len(self.trials) - 1}"
+            again = f"raysched pick {self.folder.parent} --resume {asked}"
+            stopped = f"stopped; go on with: {again}"
             return stopped if self.status == "stopped" else ""
         assert self.decision is not None
         lines = [f"Verdict: {self.verdict.text}", *(f"- {r}" for r in self.decision.reasons)]
@@ -103,8 +105,8 @@ class PickResult:
 def run_pick(
     sweep_folder: Path,
     *,
-    top: int,
-    num_seeds: int,
+    top: int | None,
+    num_seeds: int | None,
     resume: bool,
     console: Console,
     write_sheet: SheetWriter | None = None,
@@ -115,8 +117,8 @@ def run_pick(
 
     Args:
         sweep_folder: of a sweep that has trained candidates to the budget.
-        top: candidates beside the baseline.
-        num_seeds: fresh seeds of each.
+        top: candidates beside the baseline; None: as many as the pick in the folder has, or 3.
+        num_seeds: fresh seeds of each; None likewise.
         resume: go on with the pick in the folder, or add seeds or candidates to it.
         console: where progress is shown.
         write_sheet: draws samples of the trials.
@@ -185,7 +187,7 @@ def _enter(
     """Journal what is to be trained; a trial that lacks a seed, or failed, is entered again."""
     for record in pick.chosen:
         known = journal.records.get(record.number)
-        if known is not None and known.ended and (known.diverged or _complete(plan, record)):
+        if known is not None and known.ended and (known.diverged or _complete(plan, known)):
             continue
         if known is not None and not known.ended:
             continue
@@ -203,6 +205,9 @@ def _enter(
 
 
 def _complete(plan: TrialPlan, record: TrialRecord) -> bool:
+    if len(record.further_curves) + 1 != len(plan.seeds):
+        # Of more seeds than are asked for now: their mean is made anew, without training.
+        return False
     results = [read_result(folder) for folder in plan.run_dirs(record.as_trial())]
     return all(result is not None and result.status == "finished" for result in results)
 
@@ -222,7 +227,8 @@ def _conclude(result: PickResult, pick: PickPlan, plan: TrialPlan, compare: Comp
         error = f"no candidate could be trained again: {reason}"
         return dataclasses.replace(result, status="failed", error=error)
     config, num_seeds = pick.loaded.base.config, len(plan.seeds)
-    compared = {c.number: c for c in compare(baseline, records, config=config, seeds=num_seeds)}
+    comparisons = compare(baseline, records, config=config, seeds=plan.seeds)
+    compared = {c.number: c for c in comparisons}
     candidates = [Candidate(r, pick.rolls_out(r), compared[r.number]) for r in records]
     decision = decide_pick(candidates, num_seeds=num_seeds, metric=metric_name(config))
     lost = tuple(
@@ -240,9 +246,10 @@ def _conclude(result: PickResult, pick: PickPlan, plan: TrialPlan, compare: Comp
 
 def _write_winner(plan: TrialPlan, winner: TrialRecord, decision: Decision) -> dict[str, str]:
     """The winner's config, the weights of its best seed, and the reasons."""
-    folder, seed, run_dir = plan.folder, plan.seeds[0], run_folders(winner)[0]
+    folders = run_folders(winner, plan.seeds)
+    folder, seed, run_dir = plan.folder, plan.seeds[0], folders[0]
     best = math.inf
-    for own_seed, own_dir in zip(plan.seeds, run_folders(winner), strict=True):
+    for own_seed, own_dir in zip(plan.seeds, folders, strict=True):
         found = read_result(own_dir)
         q = found.metrics.get("quality/q", math.inf) if found else math.inf
         if q < best:

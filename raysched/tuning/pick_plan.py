@@ -26,6 +26,8 @@ from raysched.tuning.trial import rolls_out
 from raysched.tuning.verdict import eligible
 
 PICK_FOLDER = "pick"
+# Candidates and fresh seeds where nobody asks for others: of fewer seeds there is but a hint.
+DEFAULT_TOP, DEFAULT_SEEDS = 3, 3
 ROLLOUTS = "scheduled_sampling"
 
 
@@ -50,18 +52,33 @@ class PickPlan:
         return rolls_out(self.configs[record.number])
 
 
-def plan_pick(folder: Path, *, top: int, num_seeds: int) -> PickPlan:
+def _asked_before(folder: Path) -> tuple[int, int]:
+    """Candidates and seeds of the pick that a sweep's folder holds; the defaults without one.
+
+    Raises:
+        StorageError: its file is damaged.
+    """
+    path = folder / PICK_FOLDER / SWEEP_FILE
+    if not path.is_file():
+        return DEFAULT_TOP, DEFAULT_SEEDS
+    stored = _read_settings(path)
+    return stored.search.num_samples, len(stored.seeds)
+
+
+def plan_pick(folder: Path, *, top: int | None, num_seeds: int | None) -> PickPlan:
     """Read a sweep's folder and choose whom to train again.
 
     Args:
         folder: of the sweep, absolute.
-        top: candidates beside the baseline.
-        num_seeds: fresh seeds.
+        top: candidates beside the baseline; None: as many as were asked for before.
+        num_seeds: fresh seeds; None likewise.
 
     Raises:
         StorageError: the folder holds no sweep, or none of its candidates reached the budget.
     """
     sweep, base = _read_sweep(folder)
+    before = _asked_before(folder)
+    top, num_seeds = top or before[0], num_seeds or before[1]
     records: dict[int, TrialRecord] = {}
     for event in read_events(folder / JOURNAL_FILE):
         apply_event(records, event)
@@ -128,11 +145,14 @@ def _read_sweep(folder: Path) -> tuple[SweepConfig, Loaded]:
     path = folder / SWEEP_FILE
     if not path.is_file() or not (folder / JOURNAL_FILE).is_file():
         raise StorageError(f"{folder}: holds no sweep; name the folder that raysched tune made")
+    return _read_settings(path), load(folder / BASE_FILE)
+
+
+def _read_settings(path: Path) -> SweepConfig:
     try:
-        sweep = SweepConfig.model_validate(read_mapping(path, str(path)))
+        return SweepConfig.model_validate(read_mapping(path, str(path)))
     except ValidationError as error:
         raise StorageError(f"{path}: is damaged: {error.errors()[0]['msg']}") from error
-    return sweep, load(folder / BASE_FILE)
 
 
 def _trained_with(folder: Path, record: TrialRecord) -> RunConfig:

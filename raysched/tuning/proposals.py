@@ -78,6 +78,8 @@ class Proposals:
             self.study = optuna.create_study(directions=directions, sampler=sampler)
         self._random = random.Random(search.seed)  # noqa: S311 - no secret
         self._asked: dict[int, optuna.Trial] = {}
+        # What trials really were worth, penalties left out: each would raise the next one's.
+        self._worth: list[Sequence[float]] = []
         # Infeasible trials that came before any value: a penalty needs something to be worse than.
         self._owed: list[optuna.Trial] = []
         # Points are tried in order: an earlier session has used up as many as it has trials.
@@ -189,8 +191,10 @@ class Proposals:
         self.study.add_trial(frozen)
 
     def _outcome(self, record: TrialRecord) -> tuple[TrialState, Sequence[float] | None]:
+        """What the sampler is told of a trial that ended; real values are kept for penalties."""
         losses = self._losses(record) if record.status == "finished" else None
         if losses is not None and all(map(math.isfinite, losses)):
+            self._worth.append(losses)
             return TrialState.COMPLETE, losses
         if record.status == "pruned" and _intermediate(record.curve):
             return TrialState.PRUNED, None
@@ -218,13 +222,11 @@ class Proposals:
 
     def _penalty(self) -> list[float] | None:
         """Worse than everything seen by the range of what was seen; None before any value."""
-        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        seen = [[float(value) for value in trial.values] for trial in done]
-        if not seen:
+        if not self._worth:
             return None
         return [
             max(column) + max(max(column) - min(column), 0.1 * abs(max(column)), 1e-6)
-            for column in zip(*seen, strict=True)
+            for column in zip(*self._worth, strict=True)
         ]
 
 

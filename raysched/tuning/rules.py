@@ -19,6 +19,9 @@ from raysched.config.sweep import EarlyStoppingConfig
 from raysched.tuning.mo_asha import ParetoHalving
 from raysched.tuning.records import FORWARD_EQUIVALENTS, OBJECTIVE
 
+# Evaluations are a step late of their mark, never early; this is rounding only.
+ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class _Named:
@@ -32,6 +35,9 @@ class Rule(Protocol):
 
     def stops(self, number: int, spent: float, values: tuple[float, ...]) -> bool:
         """Take up an evaluation; whether the trial shall end. Values: lower is better."""
+
+    def take_up(self, number: int, spent: float, values: tuple[float, ...]) -> None:
+        """Take up an evaluation of an earlier session, in which the trial was judged."""
 
 
 class Halving:
@@ -60,6 +66,10 @@ class Halving:
         self._enter(number)
         return _asked(self._ray, number, spent, values)
 
+    def take_up(self, number: int, spent: float, values: tuple[float, ...]) -> None:
+        """See `Rule`: it enters the rungs that it had entered."""
+        self.stops(number, spent, values)
+
     def bracket_of(self, number: int) -> int:
         """The bracket of a trial: Ray's shares, drawn by the trial's number."""
         sizes = np.array([len(bracket._rungs) for bracket in self._ray._brackets], dtype=float)
@@ -76,17 +86,25 @@ class Halving:
 class Median:
     """The median rule (Golovin et al. 2017): worse at best than the others' median average.
 
+    It compares what is known of all trials at the same compute. Evaluations come up to a step late
+    of their mark, and steps differ in cost, so the mark is what counts.
+
     Args:
         config: grace period, fewest trials to compare with.
         budget: F.
+        interval: forward equivalents between the marks of evaluations; None: they are not late.
     """
 
-    def __init__(self, config: EarlyStoppingConfig, budget: float) -> None:
+    def __init__(
+        self, config: EarlyStoppingConfig, budget: float, interval: float | None = None
+    ) -> None:
+        self._interval = interval
         self._ray = MedianStoppingRule(
             time_attr=FORWARD_EQUIVALENTS,
             metric=OBJECTIVE,
             mode="min",
-            grace_period=config.grace_fraction * budget,
+            # Less what rounding may take off a mark.
+            grace_period=config.grace_fraction * budget * (1 - ROUNDING),
             min_samples_required=config.min_trials,
             # Never pause: a trial is a process that trains.
             min_time_slice=math.inf,
@@ -97,22 +115,44 @@ class Median:
         """See `Rule`."""
         if number in self._stopped:
             return False
-        stops = _asked(self._ray, number, spent, values)
+        stops = _asked(self._ray, number, self._mark(spent), values)
         if stops:
             self._stopped.add(number)
         return stops
 
+    def take_up(self, number: int, spent: float, values: tuple[float, ...]) -> None:
+        """See `Rule`: others may be compared with it, and it is not judged by who came later."""
+        self._ray._results[_Named(f"{number}")].append(_result(self._mark(spent), values))
+
+    def _mark(self, spent: float) -> float:
+        """Where the evaluation fell due."""
+        if self._interval is None:
+            return spent
+        return math.floor(spent / self._interval + ROUNDING) * self._interval
+
 
 def _asked(rule: Any, number: int, spent: float, values: tuple[float, ...]) -> bool:
+    decision = rule.on_trial_result(None, _Named(f"{number}"), _result(spent, values))
+    return bool(decision == TrialScheduler.STOP)
+
+
+def _result(spent: float, values: tuple[float, ...]) -> dict[str, float]:
     (value,) = values
-    result = {FORWARD_EQUIVALENTS: spent, OBJECTIVE: value}
-    return bool(rule.on_trial_result(None, _Named(f"{number}"), result) == TrialScheduler.STOP)
+    return {FORWARD_EQUIVALENTS: spent, OBJECTIVE: value}
 
 
-def make_rule(config: EarlyStoppingConfig, budget: float) -> Rule:
-    """The rule that a sweep asks for."""
+def make_rule(
+    config: EarlyStoppingConfig, budget: float, *, interval: float | None = None
+) -> Rule:
+    """The rule that a sweep asks for.
+
+    Args:
+        config: its kind and settings.
+        budget: F.
+        interval: forward equivalents between the marks of evaluations; None: they are not late.
+    """
     if config.kind == "median":
-        return Median(config, budget)
+        return Median(config, budget, interval)
     if config.kind == "mo_asha":
         grace = config.grace_fraction * budget
         return ParetoHalving(grace=grace, budget=budget, factor=config.reduction_factor)

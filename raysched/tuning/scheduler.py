@@ -37,6 +37,8 @@ class ComputeHalving(FIFOScheduler):  # type: ignore[misc]
         budget: F, forward equivalents of every trial.
         prune: called with the trial's number, the run folder of its last report and the reason.
         losses: what trials are compared by; several need `mo_asha`.
+        interval: forward equivalents between the marks of evaluations, which come up to a step
+            late; None: they are not late.
     """
 
     def __init__(
@@ -46,13 +48,14 @@ class ComputeHalving(FIFOScheduler):  # type: ignore[misc]
         budget: float,
         prune: Callable[[int, str, str], None],
         losses: Losses = last_quality,
+        interval: float | None = None,
     ) -> None:
         super().__init__()
         self._config = config
         self._budget = budget
         self._prune = prune
         self._losses = losses
-        self._rule = make_rule(config, budget)
+        self._rule = make_rule(config, budget, interval=interval)
         self._curves: dict[int, list[Point]] = {}
         self._pruned: set[int] = set()
 
@@ -68,7 +71,9 @@ class ComputeHalving(FIFOScheduler):  # type: ignore[misc]
             if record.status == "pruned":
                 self._pruned.add(record.number)
             for point in record.curve:
-                self._decide(record.number, point)
+                values = self._worth(record.number, point)
+                if values is not None:
+                    self._rule.take_up(record.number, point.forward_equivalents, values)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Let the trial go on; if the rule says stop, ask its loop to end."""
@@ -79,7 +84,8 @@ class ComputeHalving(FIFOScheduler):  # type: ignore[misc]
         if spent is None or q is None:
             return str(TrialScheduler.CONTINUE)
         point = Point(spent, q, result.get(METRICS) or {})
-        if self._decide(number, point):
+        values = self._worth(number, point)
+        if values is not None and self._rule.stops(number, spent, values):
             self._pruned.add(number)
             self._prune(number, str(result.get("run_dir", "")), self._reason(point))
         return str(TrialScheduler.CONTINUE)
@@ -89,17 +95,18 @@ class ComputeHalving(FIFOScheduler):  # type: ignore[misc]
     ) -> None:
         """Nothing: the last report repeats an evaluation that has been seen."""
 
-    def _decide(self, number: int, point: Point) -> bool:
+    def _worth(self, number: int, point: Point) -> tuple[float, ...] | None:
+        """What an evaluation is compared by; None for one that nobody is judged at."""
         spent = point.forward_equivalents
         if spent >= self._budget:
-            return False
+            return None
         # A resumed trial may repeat its last evaluations.
         kept = [p for p in self._curves.get(number, []) if p.forward_equivalents < spent]
         self._curves[number] = [*kept, point]
         values = self._losses(self._curves[number])
         if values is None or not all(map(math.isfinite, values)):
-            return False
-        return self._rule.stops(number, spent, values)
+            return None
+        return values
 
     def _reason(self, point: Point) -> str:
         share = round(100 * point.forward_equivalents / self._budget)

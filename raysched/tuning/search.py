@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from raysched.config.loading import assign
+from raysched.config.loading import assign, baseline_config
 from raysched.config.run import RunConfig
 from raysched.config.space import LoadedSweep
 from raysched.distributed.resources import bundle, living_nodes
@@ -158,7 +158,7 @@ def _search_round(
         structure=loaded.structure,
         shared=loaded.structure.beside_the_method() if loaded.tunes_baseline else None,
         objectives=objectives,
-        allowed=functools.partial(_allowed, plan),
+        allowed=functools.partial(allowed, plan),
         open_run=functools.partial(store.open_run, plan=plan) if store else lambda _: "",
         stopping=lambda: stopper.stopping,
     )
@@ -233,7 +233,6 @@ def _tune(
 def _scheduler(loaded: LoadedSweep, journal: Journal, plan: TrialPlan) -> Any:
     from ray.tune.schedulers import FIFOScheduler
 
-    from raysched.tuning.objectives import sweep_objectives
     from raysched.tuning.scheduler import ComputeHalving, Losses, last_quality
 
     early = loaded.sweep.early_stopping
@@ -244,18 +243,19 @@ def _scheduler(loaded: LoadedSweep, journal: Journal, plan: TrialPlan) -> Any:
         journal.append("pruning", number, reason=reason)
         request_stop(Path(run_dir), "pruned", reason)
 
-    losses: Losses = last_quality
-    if loaded.sweep.objective.several:
-        asked = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
-        losses = asked.losses_at
-    scheduler = ComputeHalving(early, budget=plan.budget, prune=prune, losses=losses)
+    asked = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
+    losses: Losses = asked.losses_at if asked.several else last_quality
+    scheduler = ComputeHalving(
+        early, budget=plan.budget, prune=prune, losses=losses, interval=asked.terms.interval
+    )
     scheduler.replay(journal.ordered())
     return scheduler
 
 
-def _allowed(plan: TrialPlan, settings: dict[str, Any]) -> bool:
+def allowed(plan: TrialPlan, settings: dict[str, Any], *, baseline: bool) -> bool:
+    """Whether the run model accepts the settings, as a candidate's or as the baseline's."""
     try:
-        assign(plan.raw, settings)
+        (baseline_config if baseline else assign)(plan.raw, settings)
     except ConfigError:
         return False
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         structure: which settings go together; default: all.
         shared: the settings that plain training is tuned over; None: it is not.
         objectives: what a trial is worth; default: its q.
-        allowed: whether the run model accepts the settings.
+        allowed: whether the run model accepts the settings; told by `baseline` for which kind.
         open_run: opens a trial's run in the tracking store and returns its id.
         stopping: whether the sweep was asked to stop.
     """
@@ -48,7 +49,7 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         structure: Structure | None = None,
         shared: Structure | None = None,
         objectives: Objectives | None = None,
-        allowed: Callable[[dict[str, Any]], bool] = lambda _: True,
+        allowed: Callable[..., bool] = lambda _, *, baseline: True,
         open_run: Callable[[TrialRecord], str] = lambda _: "",
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -59,7 +60,7 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
             sweep.search,
             losses=objectives.losses if objectives else quality_loss,
             num_losses=len(objectives.each) if objectives else 1,
-            allowed=allowed,
+            allowed=partial(allowed, baseline=False),
             past=past,
         )
         self._shared = shared
@@ -72,6 +73,7 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
                 plain,
                 losses=objectives.losses if objectives else quality_loss,
                 num_losses=len(objectives.each) if objectives else 1,
+                allowed=partial(allowed, baseline=True),
                 past=forced,
             )
         self._journal = journal

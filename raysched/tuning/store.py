@@ -47,7 +47,7 @@ class SweepStore:
     def open_run(self, record: TrialRecord, plan: TrialPlan) -> str:
         """Make a trial's run below the sweep's; the same parameters for every trial.
 
-        With several seeds, each has a run of its own below the trial's.
+        With a folder per seed, each has a run of its own below the trial's.
         """
         config = plan.config(record.as_trial(), plan.seeds[0])
         resolved = flatten(config.model_dump(mode="json"))
@@ -64,7 +64,7 @@ class SweepStore:
         run_id = self._start(
             run_dir, name, self.parent, params, {"raysched.kind": "trial", **tags}
         )
-        if len(plan.seeds) > 1:
+        if not plan.one_run:
             for seed, folder in zip(plan.seeds, plan.run_dirs(record.as_trial()), strict=True):
                 own = {"raysched.kind": "seed", "raysched.seed": str(seed), **tags}
                 self._start(folder, f"seed-{seed} {name}", run_id, {**params, "seed": seed}, own)

@@ -47,7 +47,7 @@ class Compare(Protocol):
         candidates: Sequence[TrialRecord],
         *,
         config: RunConfig,
-        seeds: int,
+        seeds: Sequence[int],
     ) -> list[Comparison]:
         """One comparison per candidate."""
 
@@ -147,12 +147,12 @@ def _conclude(
         error = "the baseline failed: it did not reach its budget"
         return dataclasses.replace(result, status="failed", error=error)
     candidates = [trial for trial in eligible(trials) if not trial.baseline]
-    config, seeds = loaded.base.config, len(plan.seeds)
-    comparisons = compare(baseline, candidates, config=config, seeds=seeds)
+    config = loaded.base.config
+    comparisons = compare(baseline, candidates, config=config, seeds=plan.seeds)
     verdict = decide(
         trials,
         comparisons,
-        num_seeds=seeds,
+        num_seeds=len(plan.seeds),
         metric=metric_name(config),
         rolls_out=lambda record: rolls_out(plan.config(record.as_trial(), plan.seeds[0])),
     )

@@ -98,10 +98,15 @@ class TrialPlan:
         name = trial_name(trial["trial_number"], baseline=trial["baseline"])
         return self.folder / "trials" / name
 
+    @property
+    def one_run(self) -> bool:
+        """Whether a trial's folder is that of its run; given runs may get more seeds later."""
+        return len(self.seeds) == 1 and not self.written
+
     def run_dirs(self, trial: Mapping[str, Any]) -> list[Path]:
         """The folders of a trial's runs, one per seed."""
         folder = self.trial_dir(trial)
-        return [folder] if len(self.seeds) == 1 else [folder / f"seed-{s}" for s in self.seeds]
+        return [folder] if self.one_run else [folder / f"seed-{s}" for s in self.seeds]
 
     def config(self, trial: Mapping[str, Any], seed: int) -> RunConfig:
         """The run of a trial: its settings, the common budget, a seed."""
@@ -226,8 +231,9 @@ def _tracked_run(trial: Mapping[str, Any], plan: TrialPlan, run_dir: Path) -> st
     """The seed's run in the store: the trial's own, or the one below it that the driver made."""
     from raysched.tracking import recorded_run
 
-    single = len(plan.seeds) == 1
-    return str(trial["tracking_id"] if single else recorded_run(run_dir) or trial["tracking_id"])
+    return str(
+        trial["tracking_id"] if plan.one_run else recorded_run(run_dir) or trial["tracking_id"]
+    )
 
 
 def _evaluation(metrics: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:

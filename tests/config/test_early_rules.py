@@ -72,6 +72,30 @@ def test_a_rollout_that_is_biased_late_is_longer_and_its_ramp_costs_more(tmp_pat
         assert ramp_end(loaded.sweep, loaded.base.config)[0] == pytest.approx(end, abs=0.1)
 
 
+@pytest.mark.parametrize("strategy", ["uniform", "biased_early", "biased_late"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"reuse": "all"},
+        {"reuse": 2},
+        {"reuse": "all", "grid": "jump"},
+        {"bucket": 8},
+        {"bucket": 16, "sampler": "rk4", "reuse": 3, "guidance_scale": 2.0},
+    ],
+)
+def test_reused_states_and_padding_count_until_the_ramp_ends(tmp_path, more, strategy):
+    plain = {"max_step_offset": 6, "strategy": strategy, "prob_end": 1.0, "grid": 50}
+    given = {SS + key: value for key, value in {**plain, **more}.items()}
+    overrides = {"training.batch_size": 40, "model.class_conditional": True, **given}
+    quiet = {"overrides": overrides, "early_stopping": {"kind": "none"}}
+    loaded = load_sweep(write(tmp_path, budget_forward_equivalents=1e6, **quiet))
+    most, end = ramp_end(loaded.sweep, loaded.base.config)
+    run = assign(loaded.base.raw, {SS + "ramp_steps": 20})
+    spent = sum(step_forecast(run, step).total for step in range(end))
+    assert end == 20
+    assert spent <= most <= 1.3 * spent
+
+
 @pytest.mark.parametrize("name", ["digits_everything", "digits_schedule", "fashion_mnist_rollout"])
 def test_no_trial_of_a_shipped_space_spends_more_until_its_ramp_ends(name):
     loaded = load_sweep(f"tune_spaces/{name}.yaml")

@@ -201,6 +201,39 @@ def test_a_text_is_no_number_to_compare_with(sweep):
     assert "needs numbers, got" in line
 
 
+@pytest.mark.parametrize("grids", [[20, 50, 100, 200, "jump"], ["jump", 20]])
+def test_a_text_among_numbers_is_told_wherever_it_is_drawn_and_may_be_excepted(sweep, grids):
+    grid = f"{SS}.grid"
+    space = {K: {"choice": [1, 2, 3]}, grid: {"choice": grids}}
+    line = problem(sweep, space=space, constraints=[f"{K} <= {grid}"])
+    assert line == f"constraints[0]: {K} <= {grid}: needs numbers, got 'jump'"
+    pointed = {"points": [{K: 1, grid: "jump"}]}
+    assert problem(sweep, space=space, constraints=[f"{K} <= {grid}"], search=pointed) == line
+    sweep(space=space, constraints=[f"{grid} == 'jump' or {K} <= {grid}"])
+
+
+def test_a_first_point_of_which_no_completion_is_a_run_is_told(sweep):
+    ancestral, sampler = f"{SS}.ancestral", f"{SS}.sampler"
+    space = {K: {"choice": [1, 2]}, sampler: {"choice": ["unipc", "euler"]}}
+    space[ancestral] = {"choice": [False, True]}
+    search = {"points": [{ancestral: True, sampler: "unipc"}]}
+    line = problem(sweep, f"{sampler}=euler", space=space, search=search)
+    assert line == (
+        f"search.points[0]: is no run: trial: {ancestral}: must be false unless sampler is euler, "
+        "got true with sampler unipc"
+    )
+    # What is left open can still make a run of it.
+    sweep(f"{sampler}=euler", space=space, search={"points": [{ancestral: True}]})
+
+
+def test_a_grid_larger_than_the_search_is_warned_of(sweep):
+    space = {RAMP: {"grid": [0, 25]}, PROBABILITY: {"grid": [0.1, 0.2, 0.3], "when": {RAMP: 0}}}
+    (line,) = sweep("search.algorithm=grid", "search.num_samples=3", space=space).warnings
+    assert "search.num_samples: only the first 3 of the grid's combinations" in line
+    assert "of 4;" in line
+    assert sweep("search.algorithm=grid", "search.num_samples=4", space=space).warnings == []
+
+
 def test_offsets_without_a_chance_are_warned_of_before_the_start(sweep):
     space = {K: {"randint": [1, 5]}}
     (line,) = sweep(f"{PROBABILITY}=0", space=space).warnings

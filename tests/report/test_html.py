@@ -13,7 +13,7 @@ from raysched.config.loading import load, write_yaml
 from raysched.errors import UserError
 from raysched.report.html import write_page
 from raysched.training.run_folder import MetricsLog
-from raysched.tuning.journal import Journal
+from raysched.tuning.journal import JOURNAL_FILE, Journal
 from tests.tuning.synthetic import OFFSET
 
 SWEEP = """
@@ -81,6 +81,20 @@ def test_too_few_trials_have_no_importance_and_the_page_says_so(tmp_path: Path) 
     page = (tmp_path / "out" / "report.html").read_text()
     assert "takes 6 trials" in page
     assert "none yet" in page
+
+
+def test_settings_that_only_some_trials_have_are_named_on_the_page(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "toy", 9)
+    journal = folder / JOURNAL_FILE
+    events = [json.loads(line) for line in journal.read_text().splitlines()]
+    for event in events:
+        if event["event"] == "suggested" and event["number"] % 2:
+            del event["assignments"]["scheduled_sampling.probability"]
+    journal.write_text("".join(json.dumps(event) + "\n" for event in events))
+    report = write_page(folder)
+    assert "importance" not in report.files
+    (note,) = [note for note in report.notes if "importance" in note]
+    assert "two settings that all have. Only some trials have probability: left out." in note
 
 
 def test_a_folder_without_a_sweep_is_told(tmp_path: Path) -> None:

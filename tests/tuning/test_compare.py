@@ -57,7 +57,7 @@ def test_cleaner_samples_win_and_noisier_ones_lose(tmp_path, images, seeds):
         for number, level in levels.items()
     ]
     config = RunConfig()
-    better, worse = compare_with_baseline(trials[0], trials[1:], config=config, seeds=seeds)
+    better, worse = compare_with_baseline(trials[0], trials[1:], config=config, seeds=range(seeds))
     assert (better.number, worse.number) == (1, 2)
     assert 0 < better.low < better.difference < better.high
     assert worse.low < worse.difference < worse.high < 0
@@ -68,12 +68,12 @@ def test_cleaner_samples_win_and_noisier_ones_lose(tmp_path, images, seeds):
 
 def test_the_same_samples_differ_by_nothing(tmp_path, images):
     trials = [make_trial(tmp_path, number, [images], q=1.0) for number in (0, 1)]
-    (same,) = compare_with_baseline(trials[0], trials[1:], config=RunConfig(), seeds=1)
+    (same,) = compare_with_baseline(trials[0], trials[1:], config=RunConfig(), seeds=(0,))
     assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
 def test_without_candidates_nothing_is_read():
-    assert compare_with_baseline(TrialRecord(0), [], config=RunConfig(), seeds=1) == []
+    assert compare_with_baseline(TrialRecord(0), [], config=RunConfig(), seeds=(0,)) == []
 
 
 def test_missing_samples_are_named(tmp_path, images):
@@ -81,9 +81,25 @@ def test_missing_samples_are_named(tmp_path, images):
     lost = make_trial(tmp_path, 1, [images], q=1.0)
     (tmp_path / "1" / "final_samples.safetensors").unlink()
     with pytest.raises(StorageError, match="samples can't be read"):
-        compare_with_baseline(baseline, [lost], config=RunConfig(), seeds=1)
+        compare_with_baseline(baseline, [lost], config=RunConfig(), seeds=(0,))
     with pytest.raises(StorageError, match="1 of 2 seeds"):
-        compare_with_baseline(baseline, [lost], config=RunConfig(), seeds=2)
+        compare_with_baseline(baseline, [lost], config=RunConfig(), seeds=(0, 1))
+
+
+def test_seeds_that_were_not_asked_for_are_not_looked_at(tmp_path, images):
+    better, worse = images, noisy(images, 2)
+    trials = [
+        make_trial(tmp_path, 0, [worse, worse, better], q=1.0),
+        make_trial(tmp_path, 1, [better, better, worse], q=1.0),
+    ]
+    found = compare_with_baseline(trials[0], trials[1:], config=RunConfig(), seeds=(0, 1))
+    for run in tmp_path.glob("*/seed-2"):
+        (run / "final_samples.safetensors").unlink()
+        run.rmdir()
+    alone = compare_with_baseline(trials[0], trials[1:], config=RunConfig(), seeds=(0, 1))
+    assert found == alone
+    with pytest.raises(StorageError, match="2 of 3 seeds"):
+        compare_with_baseline(trials[0], trials[1:], config=RunConfig(), seeds=(0, 1, 2))
 
 
 def test_seeds_are_paired_in_the_order_of_their_numbers(tmp_path):

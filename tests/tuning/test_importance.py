@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from raysched.config.sweep import Dimension
-from raysched.tuning.importance import importances, shared_quality
+from raysched.tuning.importance import importances, left_out, shared_quality
 from raysched.tuning.records import Point, TrialRecord
 
 SPACE = {"a": Dimension(uniform=(0.0, 1.0)), "b": Dimension(choice=("x", "y", "z"))}
@@ -47,3 +47,18 @@ def test_quality_is_compared_at_the_last_evaluation_that_all_share() -> None:
     short = TrialRecord(2, curve=[Point(1.0, 0.8)])
     lost = TrialRecord(3, curve=[Point(1.0, float("nan"))])
     assert shared_quality([long, short, lost]) == {1: 0.9, 2: 0.8}
+
+
+def test_settings_of_some_trials_only_are_named_and_one_alone_has_no_share() -> None:
+    made = trials(30)
+    space = {**SPACE, "c": Dimension(uniform=(0.0, 1.0), when={"b": "x"})}
+    for trial in made:
+        if trial.assignments.get("b") == "x":
+            trial.assignments["c"] = 0.5
+    assert left_out(made, space) == ["c"]
+    assert {item.key for item in importances(made, space)} == {"a", "b"}
+    # Were "b" alone compared, it would get the whole of a variance that is all of "a".
+    assert importances(made, {"b": SPACE["b"], "c": space["c"]}) == []
+    for trial in made[1:]:
+        trial.assignments["b"] = "y"
+    assert importances(made, SPACE) == []

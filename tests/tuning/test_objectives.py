@@ -189,6 +189,25 @@ def test_the_front_and_its_volume_are_summed_up_in_the_users_directions():
     assert pareto_summary(objectives(), trials) is None
 
 
+@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("reference", [{}, {"quality": 1, "diversity": 0}])
+def test_a_trial_without_finite_objectives_is_left_out_of_the_front_and_the_volume(odd, reference):
+    several = objectives(several=("quality", "diversity"), reference=reference)
+    trials = []
+    for number, (q, coverage) in enumerate([(0.5, 0.5), (0.4, 0.4), (0.6, 0.4), (odd, 0.9)]):
+        record = TrialRecord(number, baseline=number == 0, status="finished")
+        record.add_point(Point(F, q, {"coverage": coverage}))
+        record.objectives = {"quality": q, "diversity": coverage}
+        trials.append(record)
+    assert pareto_summary(several, trials) == pareto_summary(several, trials[:3])
+    assert front_of(trials, ["quality", "diversity"]) == {0, 1}
+    trials[0].curve[-1] = Point(F, odd, {"coverage": 0.5})
+    alone = pareto_summary(several, trials)
+    assert alone["hypervolume_baseline"] == 0
+    assert math.isfinite(alone["hypervolume"])
+    assert all(map(math.isfinite, alone["reference"].values()))
+
+
 def test_a_target_that_was_never_reached_is_shown_as_such():
     record = TrialRecord(1, objectives={"cost_to_target": 92160.0}, censored=["cost_to_target"])
     assert objective_text(record, "cost_to_target") == "never (92,160)"

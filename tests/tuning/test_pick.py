@@ -12,8 +12,9 @@ from rich.console import Console
 from raysched.config.loading import load as load_run
 from raysched.config.loading import write_yaml
 from raysched.errors import StorageError
+from raysched.tuning.folder import open_sweep_folder
 from raysched.tuning.journal import Journal
-from raysched.tuning.pick import run_pick
+from raysched.tuning.pick import PickResult, run_pick
 from raysched.tuning.pick_plan import choose, fresh_seeds, plan_pick
 from raysched.tuning.records import TrialRecord
 from raysched.tuning.trial import TrialPlan
@@ -22,8 +23,6 @@ from tests.tuning.synthetic import OFFSET, known_comparison, load, synthetic_tra
 
 def make_sweep(tmp_path, qualities):
     """The folder of a finished sweep: trial number (0: baseline) -> K and q."""
-    from raysched.tuning.folder import open_sweep_folder
-
     tmp_path.mkdir(exist_ok=True)
     loaded = load(tmp_path)
     folder = tmp_path / "sweep"
@@ -88,6 +87,47 @@ def test_a_pick_trains_the_best_and_the_baseline_on_fresh_seeds_and_goes_on_wher
     assert more.seeds == (1, 2, 3, 4)
     assert len(log.read_text().splitlines()) == 12
     assert more.verdict.num_seeds == 4
+    # Without numbers it goes on with what was asked for last; fewer seeds need no training.
+    as_before = pick(moved, train, top=None, num_seeds=None, resume=True)
+    assert (as_before.seeds, len(as_before.trials)) == ((1, 2, 3, 4), 3)
+    fewer = pick(moved, train, num_seeds=2, resume=True)
+    assert (fewer.seeds, fewer.verdict.num_seeds) == ((1, 2), 2)
+    assert {len(trial.further_curves) for trial in fewer.trials} == {1}
+    assert len(log.read_text().splitlines()) == 12
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_pick_of_one_seed_keeps_it_when_more_are_asked_for(tmp_path, ray_session):
+    folder, log = make_sweep(tmp_path, SWEEP), tmp_path / "log"
+    train = synthetic_train(log, quality="0.1 * K if K else 0.5")
+    assert pick(folder, train, top=1, num_seeds=1).verdict.indicative
+    more = pick(folder, train, top=None, num_seeds=2, resume=True)
+    assert [t.number for t in more.trials] == [0, 4]
+    assert sorted(line.split(" exposure")[0] for line in log.read_text().splitlines()) == [
+        "seed-1 seed 1",
+        "seed-1 seed 1",
+        "seed-2 seed 2",
+        "seed-2 seed 2",
+    ]
+
+
+def test_a_stopped_pick_says_how_to_go_on_and_knows_what_was_asked_for(tmp_path):
+    folder = make_sweep(tmp_path, SWEEP)
+    first = plan_pick(folder, top=None, num_seeds=None)
+    assert (len(first.chosen), first.loaded.sweep.seeds) == (4, (1, 2, 3))
+    planned = plan_pick(folder, top=2, num_seeds=5)
+    with open_sweep_folder(folder / "pick", planned.loaded.sweep, planned.loaded.base.config):
+        pass
+    again = plan_pick(folder, top=None, num_seeds=None)
+    assert (again.chosen, again.loaded.sweep.seeds) == (planned.chosen, (1, 2, 3, 4, 5))
+    stopped = PickResult("stopped", folder / "pick", list(planned.chosen), (1, 2, 3, 4, 5))
+    assert stopped.as_text() == (
+        f"stopped; go on with: raysched pick {folder} --resume --seeds 5 --top 2"
+    )
+    (folder / "pick" / "sweep.yaml").write_text("seeds: [one]")
+    with pytest.raises(StorageError, match="is damaged"):
+        plan_pick(folder, top=None, num_seeds=None)
 
 
 @pytest.mark.ray
@@ -132,6 +172,8 @@ def test_trials_are_trained_as_their_own_config_says_even_what_the_base_would_no
     assert found.configs[4].scheduled_sampling.reflexflow is False
     plan = TrialPlan({}, folder / "pick", 1000.0, (1,), None, train=None, written=found.configs)
     again = plan.config(found.chosen[1].as_trial(), 1)
+    # Room for the seeds that may be asked for later.
+    assert [path.name for path in plan.run_dirs(found.chosen[1].as_trial())] == ["seed-1"]
     assert (again.scheduled_sampling.reflexflow, again.seed) == (False, 1)
 
 

@@ -96,6 +96,17 @@ def test_a_trial_that_diverged_is_told_a_finite_penalty_worse_than_all_seen(q):
     assert proposals.ask(4) is not None
 
 
+def test_penalties_do_not_raise_each_other_also_after_a_resume():
+    proposals = Proposals(SPACE, SearchConfig())
+    past = [ended(1, proposals.ask(1), q=0.2), ended(2, proposals.ask(2), q=0.6)]
+    past += [ended(n, proposals.ask(n), "failed", diverged=True) for n in (3, 4, 5)]
+    for record in past:
+        proposals.tell(record)
+    resumed = Proposals(SPACE, SearchConfig(), past=past)
+    for study in (proposals.study, resumed.study):
+        assert [t.value for t in study.trials] == pytest.approx([0.2, 0.6, 1.0, 1.0, 1.0])
+
+
 def test_a_trial_that_failed_for_another_reason_is_no_evidence_about_its_settings():
     proposals = Proposals(SPACE, SearchConfig())
     proposals.tell(ended(1, proposals.ask(1), q=0.2))

@@ -32,7 +32,9 @@ def report(spent: float, q: float, **more) -> dict:
 
 def halving(pruned: list, **config) -> ComputeHalving:
     settings = EarlyStoppingConfig(**config)
-    return ComputeHalving(settings, budget=BUDGET, prune=lambda *call: pruned.append(call))
+    return ComputeHalving(
+        settings, budget=BUDGET, prune=lambda *call: pruned.append(call), interval=250.0
+    )
 
 
 @pytest.mark.parametrize("factor", [2.0, 3.0, 4.0])
@@ -118,6 +120,40 @@ def test_a_resumed_sweep_prunes_by_the_rungs_of_the_earlier_session():
     scheduler.on_trial_add(None, new := Trial(3))
     scheduler.on_trial_result(None, new, report(250.0, 0.6))
     assert [number for number, _, _ in pruned] == [3]
+
+
+def test_the_median_rule_compares_at_the_marks_of_evaluations_however_late_they_come():
+    pruned: list = []
+    scheduler = halving(pruned, kind="median", grace_fraction=0.25, min_trials=3)
+    late = {1: 12.0, 2: 60.0, 3: 25.0, 4: 40.0, 5: 1.0}
+    for number in (1, 2, 3):
+        scheduler.on_trial_result(None, Trial(number), report(250.0 + late[number], 0.1))
+    # Whether its own step is longer or shorter than theirs, it is worse at the same mark.
+    for number, q in ((4, 0.05), (5, 0.9)):
+        scheduler.on_trial_result(None, Trial(number), report(250.0 + late[number], q))
+    assert [number for number, _, _ in pruned] == [5]
+    scheduler.on_trial_result(None, Trial(6), report(330.0, 0.9))
+    assert [number for number, _, _ in pruned] == [5, 6]
+    # At the next mark their values there count too: averages of 0.3, not of 0.1.
+    for number in (1, 2, 3):
+        scheduler.on_trial_result(None, Trial(number), report(500.0 + late[number], 0.5))
+    scheduler.on_trial_result(None, Trial(7), report(501.0, 0.2))
+    assert [number for number, _, _ in pruned] == [5, 6]
+
+
+def test_a_resumed_trial_is_judged_by_the_median_whatever_the_order_of_the_replay():
+    pruned: list = []
+    scheduler = halving(pruned, kind="median", grace_fraction=0.25, min_trials=3)
+    ended = [
+        TrialRecord(n, status="finished", curve=[Point(250.0, 0.1), Point(500.0, 0.1)])
+        for n in (1, 2, 3)
+    ]
+    # When it was evaluated, nobody else had been.
+    running = TrialRecord(4, status="running", curve=[Point(250.0, 0.9)])
+    scheduler.replay([*ended, running])
+    assert pruned == []
+    scheduler.on_trial_result(None, Trial(4), report(500.0, 0.8))
+    assert [number for number, _, _ in pruned] == [4]
 
 
 def test_the_request_is_a_file_that_the_loop_understands(tmp_path: Path):

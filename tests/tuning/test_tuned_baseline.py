@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+from ray.tune.search import Searcher
 
 from raysched.config.structure import Structure
 from raysched.config.sweep import Dimension
+from raysched.tuning.journal import Journal
 from raysched.tuning.records import TrialRecord, the_baseline
+from raysched.tuning.search import allowed
+from raysched.tuning.searcher import TrialSearcher
 from raysched.tuning.trial import TrialPlan
 from tests.tuning.synthetic import OFFSET, load, synthetic_train
 from tests.tuning.test_sweep import run
@@ -51,6 +57,39 @@ def test_the_best_of_the_baselines_that_finished_is_the_one_to_beat():
     assert the_baseline(trials).number == 2
     assert the_baseline([TrialRecord(0, baseline=True, status="failed")]).number == 0
     assert the_baseline([]) is None
+
+
+def test_teacher_forced_trials_are_not_given_what_the_run_model_refuses(tmp_path):
+    accumulation = "training.gradient_accumulation"
+    # Each value goes with the base's, which is 10 and 1; 12 samples are no five equal parts.
+    space = {
+        OFFSET: {"choice": [1, 2]},
+        BATCH: {"choice": [10, 12]},
+        accumulation: {"choice": [1, 5]},
+    }
+    loaded = load(tmp_path, space=space, search={"num_samples": 5})
+    (tmp_path / "sweep").mkdir()
+    journal = Journal(tmp_path / "sweep")
+    plan = TrialPlan(loaded.base.raw, tmp_path / "sweep", 1000.0, (0,), store=None, train=None)
+
+    def open_run(record):
+        # With a tracking store, a trial's config is made where it is suggested.
+        plan.config(record.as_trial(), 0)
+        return ""
+
+    searcher = TrialSearcher(
+        loaded.sweep,
+        journal,
+        folder=plan.folder,
+        structure=loaded.structure,
+        shared=loaded.structure.beside_the_method(),
+        allowed=functools.partial(allowed, plan),
+        open_run=open_run,
+    )
+    while searcher.suggest("") != Searcher.FINISHED:
+        pass
+    forced = [r.assignments for r in journal.ordered() if r.baseline and r.number]
+    assert sorted((s[BATCH], s[accumulation]) for s in forced) == [(10, 1), (10, 5), (12, 1)]
 
 
 @pytest.mark.ray
