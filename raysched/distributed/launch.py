@@ -20,7 +20,7 @@ from typing import Any
 from raysched.config.run import RunConfig
 from raysched.distributed.evaluation_task import check_background_gpu, make_evaluator
 from raysched.distributed.failures import as_user_error, fatal, note_failures, set_fatal
-from raysched.distributed.resources import PlacementWatch, check_resources
+from raysched.distributed.resources import PlacementWatch, StoppedWaiting, check_resources, patience
 from raysched.distributed.runtime import ensure_ray
 from raysched.distributed.watchdog import Watchdog, strike_in_cluster
 from raysched.errors import RunFailedError, StorageError, UserError
@@ -38,6 +38,7 @@ from raysched.training.output import captured
 from raysched.training.protocols import NullTracker, Tracker
 from raysched.training.result import RunResult
 from raysched.training.run_folder import WRITER_LOCK, own_run_folder
+from raysched.training.stop import StopOrder, StopWatch
 
 log = logging.getLogger(__name__)
 ReportCallback = Callable[[Mapping[str, float]], None]
@@ -115,12 +116,22 @@ def _run_once(config: RunConfig, job: WorkerJob, report: ReportCallback) -> RunR
     if config.scaling.num_workers == 0:
         return _run_loop(job, report, rank=0)
     ensure_ray()
-    check_resources(config.scaling, functools.partial(_tell, Path(job.run_dir)))
-    check_background_gpu(config)
+    run_dir = Path(job.run_dir)
     try:
+        asked = functools.partial(_stop_order, run_dir)
+        check_resources(config.scaling, functools.partial(_tell, run_dir), asked)
+        check_background_gpu(config)
         return _run_trainer(config, job, report)
+    except StoppedWaiting:
+        order = _stop_order(run_dir)
+        return RunResult(status=order.status if order else "stopped", output_dir=job.run_dir)
     finally:
-        clear_beats(Path(job.run_dir))
+        clear_beats(run_dir)
+
+
+def _stop_order(run_dir: Path) -> StopOrder | None:
+    """How the run was asked to end, for the driver while no worker is there to read it."""
+    return StopWatch(run_dir).requested(at_once=True)
 
 
 def _tell(run_dir: Path, text: str) -> None:
@@ -177,9 +188,12 @@ def _watch(config: RunConfig, job: WorkerJob) -> Callable[[], None]:
         if hang is not None:
             _tell(run_dir, hang)
         news, over = placement.look()
+        if placement.waiting and _stop_order(run_dir) is not None:
+            set_fatal(run_dir, job.attempt, RunFailedError("stopped before it had its workers"))
+            raise StoppedWaiting
         if over:
             error = RunFailedError(
-                f"{run_dir}: {news}; waited {scaling.resource_timeout_s:g} s "
+                f"{run_dir}: {news}; waited {patience(scaling):g} s "
                 "(scaling.resource_timeout_s); what was computed is kept: go on with --resume"
             )
             # Ray Train goes on waiting: workers that get their place after all end at once.

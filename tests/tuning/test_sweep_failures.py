@@ -139,7 +139,7 @@ def test_a_process_is_taken_over_from_trial_to_trial_and_the_fixed_cost_is_measu
 
 
 CLUSTER_DRIVER = """
-import io, sys
+import sys
 from pathlib import Path
 from rich.console import Console
 from raysched.tuning.sweep import run_sweep
@@ -149,10 +149,48 @@ train = synthetic_train(folder / "log", wait_for=folder / "go")
 search = {"num_samples": 1, "max_concurrent": 1}
 result = run_sweep(
     load(folder, search=search, early_stopping={"kind": "none"}), resume=False,
-    console=Console(file=io.StringIO()), train=train, compare=known_comparison,
+    console=Console(file=(folder / "shown").open("w"), width=200),
+    train=train, compare=known_comparison,
 )
 sys.exit(result.exit_code)
 """
+
+
+def start_driver(folder: Path, address: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", CLUSTER_DRIVER, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_waits_for_the_first_node_of_a_cluster_that_grows(tmp_path):
+    """A head without CPUs, as the files in cluster/ have it; a node comes once it is asked for."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    process = None
+    try:
+        process = start_driver(tmp_path, cluster.address)
+        (tmp_path / "go").touch()
+        shown = tmp_path / "shown"
+        wait_until(lambda: shown.is_file() and "waiting up to" in shown.read_text(), process)
+        cluster.add_node(num_cpus=1)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+        cluster.shutdown()
+    events = read_events(tmp_path / "sweep" / "trials.jsonl")
+    ends = [(e["number"], e["status"]) for e in events if e["event"] == "ended"]
+    assert ends == [(0, "finished"), (1, "finished")]
 
 
 @pytest.mark.ray
@@ -168,14 +206,7 @@ def test_a_trial_that_is_lost_with_its_node_is_begun_again_on_another(tmp_path):
     process = None
     try:
         node = cluster.add_node(num_cpus=1)
-        process = subprocess.Popen(
-            [sys.executable, "-c", CLUSTER_DRIVER, str(tmp_path)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = start_driver(tmp_path, cluster.address)
         journal = tmp_path / "sweep" / "trials.jsonl"
 
         def half_way() -> bool:
