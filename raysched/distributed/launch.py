@@ -23,7 +23,7 @@ from raysched.distributed.failures import as_user_error, fatal, note_failures, s
 from raysched.distributed.resources import PlacementWatch, StoppedWaiting, check_resources, patience
 from raysched.distributed.runtime import ensure_ray
 from raysched.distributed.watchdog import Watchdog, strike_in_cluster
-from raysched.errors import RunFailedError, StorageError, UserError
+from raysched.errors import LostResourcesError, RunFailedError, StorageError, UserError
 from raysched.training.allocator import give_back_freed_memory, keep_freed_memory
 from raysched.training.events import note_event
 from raysched.training.heartbeat import Heartbeat, clear_beats
@@ -79,7 +79,8 @@ def run_training(
 
     Raises:
         ConfigError: the cluster has fewer CPUs or GPUs than asked for.
-        RunFailedError: a worker was lost more often than `scaling.max_failures`.
+        RunFailedError: a worker was lost more often than `scaling.max_failures`, or (then it is a
+            LostResourcesError) with its node, or there was no room for too long.
         StepMemoryError: memory ran out, and smaller micro-batches are not allowed or possible.
     """
     config = recalled(config, run_dir)
@@ -192,7 +193,7 @@ def _watch(config: RunConfig, job: WorkerJob) -> Callable[[], None]:
             set_fatal(run_dir, job.attempt, RunFailedError("stopped before it had its workers"))
             raise StoppedWaiting
         if over:
-            error = RunFailedError(
+            error = LostResourcesError(
                 f"{run_dir}: {news}; waited {patience(scaling):g} s "
                 "(scaling.resource_timeout_s); what was computed is kept: go on with --resume"
             )

@@ -126,6 +126,40 @@ def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:
     request_resources(bundles=bundles)
 
 
+class RoomWatch:
+    """Tells the user of a sweep that there is no room for a trial any more, and when there is.
+
+    The trials themselves wait as long as it takes, each in its own log.
+
+    Args:
+        scaling: the base run's.
+        say: tells it.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        scaling: ScalingConfig,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scaling, self._say, self._clock = scaling, say, clock
+        self._next, self._short = 0.0, False
+
+    def look(self) -> None:
+        """Look at the nodes, not too often."""
+        now = self._clock()
+        if now < self._next:
+            return
+        self._next = now + PATIENCE_S
+        problem = shortage(self._scaling, living_nodes())
+        if problem is not None and not self._short:
+            self._say(f"{problem}; the sweep waits for nodes, Ctrl-C stops it resumably")
+        if problem is None and self._short:
+            self._say("there is room for a trial again")
+        self._short = problem is not None
+
+
 class PlacementWatch:
     """Notices that the workers are not running because the cluster has no room for them.
 

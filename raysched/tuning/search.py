@@ -18,6 +18,7 @@ from raysched.config.loading import assign
 from raysched.config.run import RunConfig
 from raysched.config.space import LoadedSweep
 from raysched.distributed.resources import (
+    RoomWatch,
     StoppedWaiting,
     bundle,
     check_resources,
@@ -138,7 +139,9 @@ def wait_for_room(config: RunConfig, console: Console, *, begun: bool) -> None:
     scaling = config.scaling
     if begun:
         scaling = scaling.model_copy(update={"resource_timeout_s": None})
-    check_resources(scaling, lambda text: console.print(text, soft_wrap=True, highlight=False))
+    check_resources(
+        scaling, functools.partial(console.print, soft_wrap=True, highlight=False)
+    )
 
 
 def trial_resources(config: RunConfig) -> dict[str, float]:
@@ -209,6 +212,7 @@ def _search_round(
         open_run=functools.partial(store.open_run, plan=plan) if store else lambda _: "",
         stopping=lambda: stopper.stopping,
     )
+    say = functools.partial(console.print, soft_wrap=True, highlight=False)
     with Progress(console, budget=plan.budget, records=journal.ordered) as progress:
         monitor = Monitor(
             journal,
@@ -218,6 +222,7 @@ def _search_round(
             measure=functools.partial(measure_trials, journal, objectives),
             fixed_seconds=searcher.fixed_seconds,
             requeue=searcher.requeue,
+            look=RoomWatch(loaded.base.config.scaling, say).look,
             check=functools.partial(_give_up, journal, objectives, stopper),
         )
         scheduler = _scheduler(loaded, journal, plan)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from raysched.distributed import resources
-from raysched.distributed.resources import PlacementWatch, StoppedWaiting, check_resources
+from raysched.distributed.resources import (
+    PlacementWatch,
+    RoomWatch,
+    StoppedWaiting,
+    check_resources,
+)
 from raysched.errors import ConfigError
 from tests.training.runs import small_config
 
@@ -88,3 +93,16 @@ def test_without_a_limit_room_is_waited_for_as_long_as_it_takes(cluster, monkeyp
     assert not any(over for _, over in seen)
     assert sum(news is not None for news, _ in seen) == 1
     assert watch.waiting
+
+
+def test_a_sweeps_user_hears_once_that_there_is_no_room_and_once_that_there_is(cluster):
+    now, said = [0.0], []
+    room, empty = [{"CPU": 2.0}], []
+    cluster.looks = [room, empty, empty, room, room]
+    watch = RoomWatch(small_config().scaling, said.append, clock=lambda: now[0])
+    for _ in range(8):
+        watch.look()
+        watch.look()
+        now[0] += 5.0
+    assert [text.partition(";")[2][:30] for text in said] == [" the sweep waits for nodes, Ct", ""]
+    assert said[1] == "there is room for a trial again"
