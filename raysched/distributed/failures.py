@@ -13,11 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from raysched.config.run import RunConfig
-from raysched.errors import LostResourcesError, RunFailedError, UserError
+from raysched.errors import ConfigError, DataError, LostResourcesError, RunFailedError, UserError
+from raysched.models.checkpoint_files import NewerFormatError
+from raysched.models.pickles import PickleError
 from raysched.training.events import note_event
 from raysched.training.out_of_memory import StepMemoryError, advice, is_out_of_memory
 
 FATAL_FILE = ".fatal"
+# The user's mistakes: they end the command as they would without workers, exit code and all.
+MISTAKES = (ConfigError, DataError, NewerFormatError, PickleError)
 # What Ray says of a process that went with its node.
 NODE_LOST = ("node has died", "node died", "node is dead", "node was terminated", "NodeDied")
 
@@ -37,6 +41,19 @@ def fatal(run_dir: Path, attempt: str) -> tuple[str, str]:
     whose, _, rest = text.partition("\n")
     kind, _, message = rest.partition("\n")
     return (kind, message) if whose == attempt else ("", "")
+
+
+def raise_fatal(run_dir: Path, attempt: str) -> None:
+    """In the driver: raise what the workers kept, where it is more than the result of a run.
+
+    Raises:
+        ConfigError, DataError, NewerFormatError, PickleError: a mistake of the user's.
+        StepMemoryError: memory ran out.
+    """
+    kind, message = fatal(run_dir, attempt)
+    for known in (*MISTAKES, StepMemoryError):
+        if kind == known.__name__:
+            raise known(message)
 
 
 def note_failures(

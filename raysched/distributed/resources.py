@@ -17,7 +17,7 @@ POLL_S = 0.5
 PATIENCE_S = 5.0
 
 
-class StoppedWaiting(Exception):
+class StoppedWaitingError(Exception):
     """A stop was asked for while there was no room yet; nothing has failed."""
 
 
@@ -94,7 +94,7 @@ def check_resources(
         stop: true once a stop was asked for, which ends the wait.
 
     Raises:
-        StoppedWaiting: a stop was asked for first.
+        StoppedWaitingError: a stop was asked for first.
         ConfigError: what is missing, and how to ask for less.
     """
     problem = shortage(scaling, living_nodes())
@@ -110,7 +110,7 @@ def check_resources(
     try:
         while problem is not None and time.monotonic() < deadline:
             if stop():
-                raise StoppedWaiting
+                raise StoppedWaitingError
             time.sleep(POLL_S)
             problem = shortage(scaling, living_nodes())
     finally:

@@ -19,7 +19,7 @@ from raysched.config.run import RunConfig
 from raysched.config.space import LoadedSweep
 from raysched.distributed.resources import (
     RoomWatch,
-    StoppedWaiting,
+    StoppedWaitingError,
     bundle,
     check_resources,
     living_nodes,
@@ -130,7 +130,7 @@ def wait_for_room(config: RunConfig, console: Console, *, begun: bool) -> None:
         begun: whether trials have run already; then it waits as long as it takes.
 
     Raises:
-        StoppedWaiting: the sweep was asked to stop first.
+        StoppedWaitingError: the sweep was asked to stop first.
         ConfigError: not one trial fits.
     """
     ensure_ray()
@@ -139,9 +139,7 @@ def wait_for_room(config: RunConfig, console: Console, *, begun: bool) -> None:
     scaling = config.scaling
     if begun:
         scaling = scaling.model_copy(update={"resource_timeout_s": None})
-    check_resources(
-        scaling, functools.partial(console.print, soft_wrap=True, highlight=False)
-    )
+    check_resources(scaling, functools.partial(console.print, soft_wrap=True, highlight=False))
 
 
 def trial_resources(config: RunConfig) -> dict[str, float]:
@@ -174,7 +172,7 @@ def search(
             return False
         try:
             wait_for_room(loaded.base.config, console, begun=number > 0)
-        except StoppedWaiting:
+        except StoppedWaitingError:
             return True
         if _search_round(loaded, journal, plan, objectives, store, console):
             return True

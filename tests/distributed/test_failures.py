@@ -45,14 +45,16 @@ def test_memory_that_ran_out_is_told_from_other_errors():
 
 
 def test_a_lost_node_is_told_from_a_crash(tmp_path):
-    class Failed(Exception):
+    class FailedError(Exception):
         def __init__(self, text: str) -> None:
             super().__init__(text)
             self.worker_failures = {0: RuntimeError(text)}
 
     node = "The actor died because its node has died. Node Id: 4f"
-    assert type(as_user_error(Failed(node), tmp_path)) is LostResourcesError
-    assert type(as_user_error(Failed("The actor died: exit code 1"), tmp_path)) is RunFailedError
+    assert type(as_user_error(FailedError(node), tmp_path)) is LostResourcesError
+    assert (
+        type(as_user_error(FailedError("The actor died: exit code 1"), tmp_path)) is RunFailedError
+    )
 
 
 def test_resources_are_counted_per_node_and_gpus_too():

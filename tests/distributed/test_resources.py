@@ -8,7 +8,7 @@ from raysched.distributed import resources
 from raysched.distributed.resources import (
     PlacementWatch,
     RoomWatch,
-    StoppedWaiting,
+    StoppedWaitingError,
     check_resources,
 )
 from raysched.errors import ConfigError
@@ -58,7 +58,7 @@ def test_the_request_is_taken_back_from_a_cluster_that_stays_too_small(cluster):
 def test_a_stop_ends_the_wait_without_a_failure_and_takes_the_request_back(cluster):
     asked = iter([False, True])
     cluster.looks = [[]]
-    with pytest.raises(StoppedWaiting):
+    with pytest.raises(StoppedWaitingError):
         check_resources(small_config(scaling__num_workers=1).scaling, str, lambda: next(asked))
     assert cluster.asked[-1] == []
 

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from raysched.config.run import RunConfig
-from raysched.distributed.resources import StoppedWaiting
+from raysched.distributed.resources import StoppedWaitingError
 from raysched.errors import ConfigError
 from raysched.tuning import search as searching
 from raysched.tuning.journal import Journal
@@ -52,9 +52,7 @@ def joined(monkeypatch):
     monkeypatch.setattr(searching, "living_nodes", lambda: [{"CPU": 2.0}])
 
 
-def test_the_users_number_of_trials_stands_where_a_cluster_may_grow(
-    tmp_path, joined, monkeypatch
-):
+def test_the_users_number_of_trials_stands_where_a_cluster_may_grow(tmp_path, joined, monkeypatch):
     console = Console(file=io.StringIO(), width=200)
     many = load(tmp_path, search={"max_concurrent": 8})
     assert trials_at_once(many, console) == 8
@@ -69,7 +67,7 @@ def test_the_users_number_of_trials_stands_where_a_cluster_may_grow(
 def test_a_sweep_that_is_stopped_while_it_waits_for_room_is_stopped(tmp_path, joined, monkeypatch):
     def wait(scaling, say):
         say("waiting for it to grow")
-        raise StoppedWaiting
+        raise StoppedWaitingError
 
     monkeypatch.setattr(searching, "check_resources", wait)
     console = Console(file=io.StringIO(), width=200)
