@@ -13,6 +13,7 @@ from raysched.errors import ConfigError
 from raysched.signals import STOP
 
 POLL_S = 0.5
+ASK_S = 10.0
 # Placing a group takes seconds on a busy machine: less waiting than this is no news.
 PATIENCE_S = 5.0
 
@@ -105,12 +106,15 @@ def check_resources(
         raise ConfigError(problem)
     until = f"up to {limit:g} s for it" if limit < math.inf else "for it"
     say(f"{problem}; waiting {until} to grow (scaling.resource_timeout_s)")
-    deadline = time.monotonic() + limit
-    _ask_autoscaler([bundle(scaling)] * num_bundles(scaling))
+    deadline, next_time = time.monotonic() + limit, 0.0
     try:
         while problem is not None and time.monotonic() < deadline:
             if stop():
                 raise StoppedWaitingError
+            if time.monotonic() >= next_time:
+                # The cluster knows the latest request only: others take theirs back.
+                _ask_autoscaler([bundle(scaling)] * num_bundles(scaling))
+                next_time = time.monotonic() + ASK_S
             time.sleep(POLL_S)
             problem = shortage(scaling, living_nodes())
     finally:
