@@ -44,5 +44,7 @@ class RunFailedError(UserError):
     exit_code = EXIT_FAILED
 
 
-class LostResourcesError(RunFailedError):
+class LostResourcesError(UserError):
     """CPUs or GPUs were lost, or in use by others for too long: no fault of the run itself."""
+
+    exit_code = EXIT_FAILED

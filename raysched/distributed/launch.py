@@ -84,8 +84,9 @@ def run_training(
 
     Raises:
         ConfigError: the cluster has fewer CPUs or GPUs than asked for.
-        RunFailedError: a worker was lost more often than `scaling.max_failures`, or (then it is a
-            LostResourcesError) with its node, or there was no room for too long.
+        RunFailedError: a worker was lost more often than `scaling.max_failures`.
+        LostResourcesError: that was with its node, or there was no room for too long.
+        DataError, …: what a worker found wrong with what was asked.
         StepMemoryError: memory ran out, and smaller micro-batches are not allowed or possible.
     """
     config = recalled(config, run_dir)

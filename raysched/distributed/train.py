@@ -53,7 +53,7 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
 
     Raises:
         StorageError, ConfigError: the folder, the store or the cluster can't be used as asked.
-        RunFailedError: the workers were lost.
+        RunFailedError, LostResourcesError: the workers were lost, or found no room.
     """
     config = anchored(config, Path.cwd())
     run_dir = choose_run_dir(config, resume=resume)

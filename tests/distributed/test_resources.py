@@ -49,10 +49,10 @@ def test_the_autoscaler_is_asked_for_room_once_and_the_request_is_taken_back(clu
 
 
 def test_the_request_is_taken_back_from_a_cluster_that_stays_too_small(cluster):
-    scaling = small_config(scaling__num_workers=3, scaling__resource_timeout_s=0.05).scaling
-    with pytest.raises(ConfigError, match="need 3 CPUs, the cluster has 2"):
+    scaling = small_config(scaling__num_workers=4, scaling__resource_timeout_s=0.05).scaling
+    with pytest.raises(ConfigError, match="need 4 CPUs, the cluster has 2"):
         check_resources(scaling, lambda text: None)
-    assert cluster.asked == [[{"CPU": 1.0}] * 3, []]
+    assert cluster.asked == [[{"CPU": 1.0}] * 4, []]
 
 
 def test_a_stop_ends_the_wait_without_a_failure_and_takes_the_request_back(cluster):
