@@ -42,3 +42,9 @@ class RunFailedError(UserError):
     """A run ended before its budget was spent (NaN loss, lost worker); work so far is kept."""
 
     exit_code = EXIT_FAILED
+
+
+class LostResourcesError(UserError):
+    """CPUs or GPUs were lost, or in use by others for too long: no fault of the run itself."""
+
+    exit_code = EXIT_FAILED

@@ -144,3 +144,15 @@ def test_shell_scripts_pass_shellcheck() -> None:
     done = subprocess.run([tool, *scripts], capture_output=True, text=True, timeout=60)
     assert done.stdout == ""
     assert done.returncode == 0
+
+
+def test_the_sweep_of_the_kubernetes_job_waits_for_nodes_and_lets_the_cluster_grow() -> None:
+    from raysched.config.space import load_sweep
+
+    (job,) = (p.values[0] for p in DOCUMENTS if p.values[0]["kind"] == "RayJob")  # type: ignore[index, call-overload]
+    *words, _ = job["spec"]["entrypoint"].partition(" tune ")[2].split()
+    space, *overrides = words
+    loaded = load_sweep(ROOT / Path(space).relative_to("/opt/raysched"), overrides)
+    groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert loaded.sweep.search.max_concurrent >= groups[0]["maxReplicas"]
+    assert loaded.base.config.scaling.resource_timeout_s >= 300

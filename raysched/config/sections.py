@@ -157,10 +157,10 @@ class ScalingConfig(Section):
         description="Seconds without progress after which workers count as hung, and are started "
         "again; longer than the metrics of an evaluation take. null: never.",
     )
-    resource_timeout_s: NonNegativeFloat = Field(
+    resource_timeout_s: NonNegativeFloat | None = Field(
         60.0,
         description="Seconds to wait for CPUs and GPUs that are busy, or that the cluster may "
-        "still add; 0: refuse at once.",
+        "still add; 0: refuse at once; null: as long as it takes, as the trials of a sweep do.",
     )
     grace_s: PositiveFloat | None = Field(
         25.0,

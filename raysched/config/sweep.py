@@ -80,7 +80,9 @@ class SearchConfig(Section):
         None, description="nsga2: trials of a generation; default: a quarter of num_samples, ≥ 4."
     )
     max_concurrent: PositiveInt | None = Field(
-        None, description="Trials at once; default: as many as the resources carry."
+        None,
+        description="Trials at once; default: as many as fit on the nodes that there are at the "
+        "start. On a cluster that grows: as many as it may grow for.",
     )
     points: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = Field(
         (), description="Points to try first, as dotted keys."

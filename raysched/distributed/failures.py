@@ -13,11 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from raysched.config.run import RunConfig
-from raysched.errors import RunFailedError, UserError
+from raysched.errors import ConfigError, DataError, LostResourcesError, RunFailedError, UserError
+from raysched.models.checkpoint_files import NewerFormatError
+from raysched.models.pickles import PickleError
 from raysched.training.events import note_event
 from raysched.training.out_of_memory import StepMemoryError, advice, is_out_of_memory
 
 FATAL_FILE = ".fatal"
+# The user's mistakes: they end the command as they would without workers, exit code and all.
+MISTAKES = (ConfigError, DataError, NewerFormatError, PickleError)
+# What Ray says of a process that went with its node.
+NODE_LOST = ("node has died", "node died", "node is dead", "node was terminated", "NodeDied")
 
 
 def set_fatal(run_dir: Path, attempt: str, error: UserError) -> None:
@@ -35,6 +41,19 @@ def fatal(run_dir: Path, attempt: str) -> tuple[str, str]:
     whose, _, rest = text.partition("\n")
     kind, _, message = rest.partition("\n")
     return (kind, message) if whose == attempt else ("", "")
+
+
+def raise_fatal(run_dir: Path, attempt: str) -> None:
+    """In the driver: raise what the workers kept, where it is more than the result of a run.
+
+    Raises:
+        ConfigError, DataError, NewerFormatError, PickleError: a mistake of the user's.
+        StepMemoryError: memory ran out.
+    """
+    kind, message = fatal(run_dir, attempt)
+    for known in (*MISTAKES, StepMemoryError):
+        if kind == known.__name__:
+            raise known(message)
 
 
 def note_failures(
@@ -55,6 +74,11 @@ def cause(error: BaseException) -> str:
     return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
 
 
+def node_lost(text: str) -> bool:
+    """Whether Ray's words about a process that is gone say that its node took it along."""
+    return any(words in text for words in NODE_LOST)
+
+
 def as_user_error(error: BaseException, run_dir: Path) -> BaseException:
     """A clear message for what the workers raised; interrupts pass through."""
     failures = list(getattr(error, "worker_failures", {}).values())
@@ -65,7 +89,8 @@ def as_user_error(error: BaseException, run_dir: Path) -> BaseException:
     everything = run_dir / "worker-error.txt"
     with contextlib.suppress(OSError):
         everything.write_text("\n\n".join(reasons) + os.linesep, encoding="utf-8")
-    return RunFailedError(
+    lost = any(node_lost(reason) for reason in reasons)
+    return (LostResourcesError if lost else RunFailedError)(
         f"{run_dir}: the workers failed: {cause(failures[0] if failures else error)} "
         f"(all of it in {everything}); what was computed is kept: go on with --resume"
     )

@@ -19,11 +19,17 @@ from typing import Any
 
 from raysched.config.run import RunConfig
 from raysched.distributed.evaluation_task import check_background_gpu, make_evaluator
-from raysched.distributed.failures import as_user_error, fatal, note_failures, set_fatal
-from raysched.distributed.resources import PlacementWatch, check_resources
+from raysched.distributed.failures import (
+    as_user_error,
+    fatal,
+    note_failures,
+    raise_fatal,
+    set_fatal,
+)
+from raysched.distributed.lookout import lookout, stop_order
+from raysched.distributed.resources import StoppedWaitingError, check_resources
 from raysched.distributed.runtime import ensure_ray
-from raysched.distributed.watchdog import Watchdog, strike_in_cluster
-from raysched.errors import RunFailedError, StorageError, UserError
+from raysched.errors import StorageError, UserError
 from raysched.training.allocator import give_back_freed_memory, keep_freed_memory
 from raysched.training.events import note_event
 from raysched.training.heartbeat import Heartbeat, clear_beats
@@ -79,6 +85,8 @@ def run_training(
     Raises:
         ConfigError: the cluster has fewer CPUs or GPUs than asked for.
         RunFailedError: a worker was lost more often than `scaling.max_failures`.
+        LostResourcesError: that was with its node, or there was no room for too long.
+        DataError, …: what a worker found wrong with what was asked.
         StepMemoryError: memory ran out, and smaller micro-batches are not allowed or possible.
     """
     config = recalled(config, run_dir)
@@ -115,12 +123,17 @@ def _run_once(config: RunConfig, job: WorkerJob, report: ReportCallback) -> RunR
     if config.scaling.num_workers == 0:
         return _run_loop(job, report, rank=0)
     ensure_ray()
-    check_resources(config.scaling, functools.partial(_tell, Path(job.run_dir)))
-    check_background_gpu(config)
+    run_dir = Path(job.run_dir)
     try:
+        asked = functools.partial(stop_order, run_dir)
+        check_resources(config.scaling, functools.partial(_tell, run_dir), asked)
+        check_background_gpu(config)
         return _run_trainer(config, job, report)
+    except StoppedWaitingError:
+        order = stop_order(run_dir)
+        return RunResult(status=order.status if order else "stopped", output_dir=job.run_dir)
     finally:
-        clear_beats(Path(job.run_dir))
+        clear_beats(run_dir)
 
 
 def _tell(run_dir: Path, text: str) -> None:
@@ -139,6 +152,8 @@ def _run_trainer(config: RunConfig, job: WorkerJob, report: ReportCallback) -> R
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     trainer = _make_trainer(config, job, queue)
+    run_dir = Path(job.run_dir)
+    look = lookout(config.scaling, run_dir, job.attempt, functools.partial(_tell, run_dir))
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
@@ -154,41 +169,13 @@ def _run_trainer(config: RunConfig, job: WorkerJob, report: ReportCallback) -> R
     thread = threading.Thread(target=fit, name="raysched-trainer", daemon=True)
     thread.start()
     try:
-        _relay(queue, thread, report, _watch(config, job))
+        _relay(queue, thread, report, look)
     finally:
         queue.shutdown(force=True)
-    kind, message = fatal(Path(job.run_dir), job.attempt)
-    if kind == StepMemoryError.__name__:
-        raise StepMemoryError(message)
+    raise_fatal(run_dir, job.attempt)
     if "error" in outcome:
-        raise as_user_error(outcome["error"], Path(job.run_dir)) from outcome["error"]
+        raise as_user_error(outcome["error"], run_dir) from outcome["error"]
     return RunResult(**outcome["result"].return_value)
-
-
-def _watch(config: RunConfig, job: WorkerJob) -> Callable[[], None]:
-    """What the driver looks after while it waits: hung workers, and a cluster without room."""
-    run_dir, scaling = Path(job.run_dir), config.scaling
-    limit = scaling.hang_timeout_s
-    dog = Watchdog(run_dir, job.attempt, limit, strike_in_cluster) if limit else None
-    placement = PlacementWatch(scaling)
-
-    def look() -> None:
-        hang = dog.look() if dog else None
-        if hang is not None:
-            _tell(run_dir, hang)
-        news, over = placement.look()
-        if over:
-            error = RunFailedError(
-                f"{run_dir}: {news}; waited {scaling.resource_timeout_s:g} s "
-                "(scaling.resource_timeout_s); what was computed is kept: go on with --resume"
-            )
-            # Ray Train goes on waiting: workers that get their place after all end at once.
-            set_fatal(run_dir, job.attempt, error)
-            raise error
-        if news is not None:
-            _tell(run_dir, news)
-
-    return look
 
 
 def _relay(
@@ -270,7 +257,11 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
             )
     except UserError as error:
         set_fatal(Path(job.run_dir), job.attempt, error)
-        raise
+        # Others wait for this rank, until their group is ended by an error of Ray Train's; alone,
+        # another start would only meet the same.
+        if ray.train.get_context().get_world_size() > 1:
+            raise
+        result = Result(status="failed", output_dir=job.run_dir, error=str(error))
     return asdict(result)
 
 

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import os
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from raysched.config.run import ScalingConfig
+from raysched.distributed.runtime import started_here
 from raysched.errors import ConfigError
 from raysched.signals import STOP
 
 POLL_S = 0.5
+ASK_S = 10.0
 # Placing a group takes seconds on a busy machine: less waiting than this is no news.
 PATIENCE_S = 5.0
+
+
+class StoppedWaitingError(Exception):
+    """A stop was asked for while there was no room yet; nothing has failed."""
 
 
 def bundle(scaling: ScalingConfig) -> dict[str, float]:
     """What one worker asks of its node."""
     gpus = {"GPU": 1.0} if scaling.use_gpu else {}
     return {"CPU": float(scaling.cpus_per_worker), **gpus}
+
+
+def num_bundles(scaling: ScalingConfig) -> int:
+    """How many bundles a run takes; without workers one, for its own process."""
+    return max(1, scaling.num_workers)
+
+
+def patience(scaling: ScalingConfig) -> float:
+    """Seconds to wait for room; infinite where the user set no limit."""
+    return math.inf if scaling.resource_timeout_s is None else scaling.resource_timeout_s
 
 
 def shortage(scaling: ScalingConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
@@ -30,7 +46,7 @@ def shortage(scaling: ScalingConfig, nodes: Sequence[Mapping[str, float]]) -> st
         nodes: resources of each living node.
     """
     one = bundle(scaling)
-    count = scaling.num_workers
+    count = num_bundles(scaling)
     for name, each in one.items():
         need, have = each * count, sum(node.get(name, 0.0) for node in nodes)
         if need > have:
@@ -64,7 +80,11 @@ def living_nodes() -> list[dict[str, float]]:
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
-def check_resources(scaling: ScalingConfig, say: Callable[[str], None]) -> None:
+def check_resources(
+    scaling: ScalingConfig,
+    say: Callable[[str], None],
+    stop: Callable[[], object] = lambda: STOP.requested,
+) -> None:
     """Wait for a cluster that may still grow, refuse one that is too small.
 
     A cluster that this process started can't grow: it is refused at once.
@@ -72,27 +92,76 @@ def check_resources(scaling: ScalingConfig, say: Callable[[str], None]) -> None:
     Args:
         scaling: the run's.
         say: told once that there is something to wait for.
+        stop: true once a stop was asked for, which ends the wait.
 
     Raises:
+        StoppedWaitingError: a stop was asked for first.
         ConfigError: what is missing, and how to ask for less.
     """
     problem = shortage(scaling, living_nodes())
-    limit = scaling.resource_timeout_s if os.environ.get("RAY_ADDRESS") else 0.0
-    if problem is not None and limit:
-        say(f"{problem}; waiting up to {limit:g} s for it to grow (scaling.resource_timeout_s)")
-        _ask_autoscaler(scaling)
-    deadline = time.monotonic() + limit
-    while problem is not None and time.monotonic() < deadline and not STOP.requested:
-        time.sleep(POLL_S)
-        problem = shortage(scaling, living_nodes())
+    if problem is None:
+        return
+    limit = 0.0 if started_here() else patience(scaling)
+    if not limit:
+        raise ConfigError(problem)
+    until = f"up to {limit:g} s for it" if limit < math.inf else "for it"
+    say(f"{problem}; waiting {until} to grow (scaling.resource_timeout_s)")
+    deadline, next_time = time.monotonic() + limit, 0.0
+    try:
+        while problem is not None and time.monotonic() < deadline:
+            if stop():
+                raise StoppedWaitingError
+            if time.monotonic() >= next_time:
+                # The cluster knows the latest request only: others take theirs back.
+                _ask_autoscaler([bundle(scaling)] * num_bundles(scaling))
+                next_time = time.monotonic() + ASK_S
+            time.sleep(POLL_S)
+            problem = shortage(scaling, living_nodes())
+    finally:
+        # It holds until the next one, beyond this process's end: nodes would never go again.
+        _ask_autoscaler([])
     if problem is not None:
         raise ConfigError(problem)
 
 
-def _ask_autoscaler(scaling: ScalingConfig) -> None:
+def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[bundle(scaling)] * scaling.num_workers)
+    request_resources(bundles=bundles)
+
+
+class RoomWatch:
+    """Tells the user of a sweep that there is no room for a trial any more, and when there is.
+
+    The trials themselves wait as long as it takes, each in its own log.
+
+    Args:
+        scaling: the base run's.
+        say: tells it.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        scaling: ScalingConfig,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scaling, self._say, self._clock = scaling, say, clock
+        self._next, self._short = 0.0, False
+
+    def look(self) -> None:
+        """Look at the nodes, not too often."""
+        now = self._clock()
+        if now < self._next:
+            return
+        self._next = now + PATIENCE_S
+        problem = shortage(self._scaling, living_nodes())
+        if problem is not None and not self._short:
+            self._say(f"{problem}; the sweep waits for nodes, Ctrl-C stops it resumably")
+        if problem is None and self._short:
+            self._say("there is room for a trial again")
+        self._short = problem is not None
 
 
 class PlacementWatch:
@@ -124,10 +193,15 @@ class PlacementWatch:
             return None, False
         self._since = now if self._since is None else self._since
         # A moment without a place is how every group starts.
-        over = now - self._since >= max(self._scaling.resource_timeout_s, PATIENCE_S)
+        over = now - self._since >= max(patience(self._scaling), PATIENCE_S)
         news = not self._told and now - self._since >= PATIENCE_S / 2
         self._told = self._told or news
         return (problem if news or over else None), over
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the workers wait for room, for longer than a start takes."""
+        return self._told
 
     def _waiting(self) -> str | None:
         import ray

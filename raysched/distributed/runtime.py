@@ -26,6 +26,8 @@ QUIET_ENVIRONMENT = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "0",
     "TUNE_RESULT_BUFFER_LENGTH": "0",
 }
+# Addresses of the clusters that this process has started.
+_own_clusters: set[str] = set()
 
 
 def quiet_environment() -> dict[str, str]:
@@ -70,6 +72,7 @@ def _start(ray: Any, **settings: Any) -> None:
     """Start a cluster on loopback."""
     try:
         ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **settings)
+        _own_clusters.add(ray.get_runtime_context().gcs_address)
     except Exception as error:
         # Seen at a load of nine processes per core; Ray has no class of its own for it.
         if "timed out during startup" not in str(error):
@@ -78,6 +81,13 @@ def _start(ray: Any, **settings: Any) -> None:
             "Ray did not start within half a minute: this machine is too busy, or out of memory; "
             "try again, or train without Ray (scaling.num_workers=0)"
         ) from error
+
+
+def started_here() -> bool:
+    """Whether this process started the cluster that it is connected to: such a one can't grow."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address in _own_clusters
 
 
 def cluster_cpus() -> float:

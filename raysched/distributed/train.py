@@ -22,6 +22,7 @@ from raysched.training.protocols import Tracker
 from raysched.training.result import RunResult, read_result
 from raysched.training.run_folder import (
     CONFIG_FILE,
+    check_same_run,
     default_run_dir,
     flatten,
     holds_run,
@@ -52,7 +53,7 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
 
     Raises:
         StorageError, ConfigError: the folder, the store or the cluster can't be used as asked.
-        RunFailedError: the workers were lost.
+        RunFailedError, LostResourcesError: the workers were lost, or found no room.
     """
     config = anchored(config, Path.cwd())
     run_dir = choose_run_dir(config, resume=resume)
@@ -119,11 +120,18 @@ def choose_run_dir(config: RunConfig, *, resume: bool) -> Path:
 
 
 def _already_finished(config: RunConfig, run_dir: Path) -> RunResult | None:
+    """A finished run's result; None where there is something left to train.
+
+    Raises:
+        ConfigError: the run in the folder was made with other settings.
+    """
     done = read_result(run_dir)
     if done is None or done.status != "finished" or not holds_run(run_dir):
         return None
-    same_budget = read_config(run_dir).training.budget == config.training.budget
-    return done if same_budget else None
+    if read_config(run_dir).training.budget != config.training.budget:
+        return None
+    check_same_run(config, run_dir)
+    return done
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.tune import Callback
 
+from raysched.distributed.failures import node_lost
 from raysched.training.files import storage_errors
 from raysched.training.out_of_memory import KILLER_WORDS
 from raysched.tuning.journal import Journal
@@ -23,9 +24,6 @@ from raysched.tuning.records import (
 )
 from raysched.tuning.trial import ERROR_FILE
 
-# What Ray says of a process that went with its node.
-NODE_LOST = ("node has died", "node died", "node is dead", "node was terminated", "NodeDied")
-
 
 class Monitor(Callback):  # type: ignore[misc]
     """Journals starts, evaluations and ends, and passes them on.
@@ -38,6 +36,7 @@ class Monitor(Callback):  # type: ignore[misc]
         measure: journals the objectives of trials that reached the budget.
         fixed_seconds: trial's number, seconds of its work -> what it cost beside them.
         requeue: takes a trial whose node was lost, to be begun again.
+        look: called all the time, also while nothing is reported.
         check: called after every end, to stop a sweep that can't be judged any more.
     """
 
@@ -51,6 +50,7 @@ class Monitor(Callback):  # type: ignore[misc]
         measure: Callable[[], None] = lambda: None,
         fixed_seconds: Callable[[int, float], float | None] = lambda *_: None,
         requeue: Callable[[TrialRecord], None] = lambda _: None,
+        look: Callable[[], None] = lambda: None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._journal = journal
@@ -60,11 +60,15 @@ class Monitor(Callback):  # type: ignore[misc]
         self._measure = measure
         self._fixed_seconds = fixed_seconds
         self._requeue = requeue
-        self._check = check
+        self._look, self._check = look, check
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune pickles what it was given; its snapshots are never read, the journal is.
         return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune's loop goes round, at least every few seconds."""
+        self._look()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has got its resources."""
@@ -78,6 +82,8 @@ class Monitor(Callback):  # type: ignore[misc]
         number = trial.config["trial_number"]
         if result.get("ended"):
             self._end(number, result)
+            if result.get("again"):
+                self._requeue(self._journal.records[number])
         elif OBJECTIVE in result:
             record = self._journal.append(
                 "report",
@@ -100,7 +106,7 @@ class Monitor(Callback):  # type: ignore[misc]
         with storage_errors(log, "writing why the trial failed"):
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(details + "\n", encoding="utf-8")
-        if any(words in details for words in NODE_LOST):
+        if node_lost(details):
             # No fault of its settings: it goes on from its last checkpoint.
             self._end(number, {"status": "stopped", "error": "its node was lost"})
             self._requeue(self._journal.records[number])

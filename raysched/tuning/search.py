@@ -17,7 +17,14 @@ from rich.console import Console
 from raysched.config.loading import assign, baseline_config
 from raysched.config.run import RunConfig
 from raysched.config.space import LoadedSweep
-from raysched.distributed.resources import bundle, living_nodes
+from raysched.distributed.resources import (
+    RoomWatch,
+    StoppedWaitingError,
+    bundle,
+    check_resources,
+    living_nodes,
+)
+from raysched.distributed.runtime import ensure_ray, started_here
 from raysched.errors import ConfigError
 from raysched.training.stop import request_stop
 from raysched.tuning.display import Progress
@@ -94,6 +101,47 @@ def max_concurrent(
     return min(fit // workers, limit) if limit else fit // workers
 
 
+def trials_at_once(loaded: LoadedSweep, console: Console) -> int:
+    """Trials that are kept running or waiting.
+
+    A cluster that others started may be empty now and grow for trials that wait: there the user's
+    number stands, whatever fits today.
+    """
+    config, limit = loaded.base.config, loaded.sweep.search.max_concurrent
+    if limit is not None and not started_here():
+        return limit
+    fit = max_concurrent(config, living_nodes(), limit)
+    if not started_here():
+        console.print(
+            f"{fit} trials at once, as many as fit on the cluster's present nodes: "
+            "search.max_concurrent=N keeps N running or waiting, for which it can grow",
+            soft_wrap=True,
+            highlight=False,
+        )
+    return fit
+
+
+def wait_for_room(config: RunConfig, console: Console, *, begun: bool) -> None:
+    """Have a cluster that may still grow hold one trial.
+
+    Args:
+        config: the base run.
+        console: told what is waited for.
+        begun: whether trials have run already; then it waits as long as it takes.
+
+    Raises:
+        StoppedWaitingError: the sweep was asked to stop first.
+        ConfigError: not one trial fits.
+    """
+    ensure_ray()
+    if started_here():
+        return
+    scaling = config.scaling
+    if begun:
+        scaling = scaling.model_copy(update={"resource_timeout_s": None})
+    check_resources(scaling, functools.partial(console.print, soft_wrap=True, highlight=False))
+
+
 def trial_resources(config: RunConfig) -> dict[str, float]:
     """What Tune reserves for a trial's own process.
 
@@ -119,9 +167,13 @@ def search(
     node after that is run by another round.
     """
     objectives = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
-    for _ in range(MAX_ROUNDS):
+    for number in range(MAX_ROUNDS):
         if not remaining_trials(loaded, journal) or hopeless(journal, objectives) is not None:
             return False
+        try:
+            wait_for_room(loaded.base.config, console, begun=number > 0)
+        except StoppedWaitingError:
+            return True
         if _search_round(loaded, journal, plan, objectives, store, console):
             return True
         if all(record.ended for record in journal.ordered()):
@@ -139,15 +191,11 @@ def _search_round(
 ) -> bool:
     """One run of Tune over what is left; True if the sweep was asked to stop."""
     num_trials = remaining_trials(loaded, journal)
-    from raysched.distributed.runtime import ensure_ray
-
-    ensure_ray()
     from raysched.tuning.monitor import Monitor
     from raysched.tuning.searcher import TrialSearcher
     from raysched.tuning.stopping import SweepStopper, stop_on_signals
 
-    limit = loaded.sweep.search.max_concurrent
-    concurrent = max_concurrent(loaded.base.config, living_nodes(), limit)
+    concurrent = trials_at_once(loaded, console)
     stopper = SweepStopper(
         plan.stop_file, functools.partial(_live_folders, journal, plan), patience_s=PATIENCE_S
     )
@@ -162,6 +210,7 @@ def _search_round(
         open_run=functools.partial(store.open_run, plan=plan) if store else lambda _: "",
         stopping=lambda: stopper.stopping,
     )
+    say = functools.partial(console.print, soft_wrap=True, highlight=False)
     with Progress(console, budget=plan.budget, records=journal.ordered) as progress:
         monitor = Monitor(
             journal,
@@ -171,6 +220,7 @@ def _search_round(
             measure=functools.partial(measure_trials, journal, objectives),
             fixed_seconds=searcher.fixed_seconds,
             requeue=searcher.requeue,
+            look=RoomWatch(loaded.base.config.scaling, say).look,
             check=functools.partial(_give_up, journal, objectives, stopper),
         )
         scheduler = _scheduler(loaded, journal, plan)

@@ -23,7 +23,7 @@ from raysched.config.loading import assign, baseline_config
 from raysched.config.paths import anchored
 from raysched.config.run import BudgetConfig, RunConfig
 from raysched.config.storage_uri import below
-from raysched.errors import UserError
+from raysched.errors import LostResourcesError, UserError
 from raysched.tuning.records import (
     FORWARD_EQUIVALENTS,
     FURTHER_CURVES,
@@ -176,7 +176,8 @@ def train_trial(trial: Mapping[str, Any], plan: TrialPlan, report: TrialReport) 
         report: told the evaluations of the first seed.
 
     Returns:
-        The last report: status, q with interval, compute, seconds, error.
+        The last report: status, q with interval, compute, seconds, error; `again` where it lost
+        its place in the cluster and is to be begun again.
     """
     results: list[RunResult] = []
     try:
@@ -189,6 +190,9 @@ def train_trial(trial: Mapping[str, Any], plan: TrialPlan, report: TrialReport) 
             results.append(_train_seed(trial, plan, seed, run_dir, report if first else None))
             if results[-1].status != "finished":
                 break
+    except LostResourcesError as error:
+        # No fault of its settings: it goes on from its last checkpoint.
+        return {**_ended("stopped", results, error=str(error)), "again": True}
     except UserError as error:
         return _failed(results, error, str(error))
     except Exception as error:  # noqa: BLE001 - a trial's failure is a result of the sweep
@@ -261,6 +265,7 @@ def _ended(
         "error": error,
         "diverged": status == "failed" and _diverged(results),
         "out_of_memory": False,
+        "again": False,
         "work_seconds": sum(entry.get("wall_seconds", 0.0) for entry in compute),
         OBJECTIVE: _mean(metrics, Q),
         Q_LOW: _mean(metrics, Q_LOW),
@@ -319,4 +324,8 @@ def train_run(
     clear_stop(run_dir)
     # The sweep's driver carries the points of all trials.
     make = functools.partial(make_tracker, *tracking, run_dir, send=False) if tracking else None
-    return run_training(config, run_dir=run_dir, report=report, make_tracker=make)
+    # Its trials wait for room as long as they take: one that gave up would say nothing about its
+    # settings.
+    scaling = config.scaling.model_copy(update={"resource_timeout_s": None})
+    patient = config.model_copy(update={"scaling": scaling})
+    return run_training(patient, run_dir=run_dir, report=report, make_tracker=make)

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from raysched.config.loading import write_yaml
+from raysched.distributed.failures import as_user_error
 from raysched.distributed.resources import shortage
 from raysched.distributed.watchdog import Watchdog
+from raysched.errors import LostResourcesError, RunFailedError
 from raysched.training.events import read_events
 from raysched.training.heartbeat import WORKERS_FOLDER, Beat, beat_file, dump_stacks
 from raysched.training.out_of_memory import halved, is_out_of_memory
@@ -40,6 +42,19 @@ def test_memory_that_ran_out_is_told_from_other_errors():
     assert twice.training.gradient_accumulation == 2
     assert halved(halved(twice)) is None
     assert halved(small_config()) is None
+
+
+def test_a_lost_node_is_told_from_a_crash(tmp_path):
+    class FailedError(Exception):
+        def __init__(self, text: str) -> None:
+            super().__init__(text)
+            self.worker_failures = {0: RuntimeError(text)}
+
+    node = "The actor died because its node has died. Node Id: 4f"
+    assert type(as_user_error(FailedError(node), tmp_path)) is LostResourcesError
+    assert (
+        type(as_user_error(FailedError("The actor died: exit code 1"), tmp_path)) is RunFailedError
+    )
 
 
 def test_resources_are_counted_per_node_and_gpus_too():

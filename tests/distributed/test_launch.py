@@ -11,7 +11,8 @@ import pytest
 
 from raysched.config.loading import write_yaml
 from raysched.distributed.launch import run_training
-from raysched.errors import ConfigError
+from raysched.errors import ConfigError, DataError
+from raysched.training.events import read_events
 from raysched.training.files import check_writable
 from raysched.training.run_folder import open_run_folder
 from tests.training.runs import rollout_config, run_loop, small_config
@@ -67,15 +68,19 @@ def test_more_workers_than_the_cluster_has_is_refused_at_once(tmp_path, ray_sess
 
 
 @pytest.mark.ray
-def test_an_error_of_the_users_in_a_worker_is_one_message(tmp_path, ray_session):
+def test_an_error_of_the_users_in_a_worker_is_one_message_and_raised_as_without_workers(
+    tmp_path, ray_session
+):
     config = small_config(
         scaling__num_workers=1, data__source="image_folder", data__path=str(tmp_path / "none")
     )
     check_writable(tmp_path)
-    result = launch(config, tmp_path / "run")
-    assert result.status == "failed"
-    assert "none" in result.error
-    assert "Traceback" not in result.error
+    with pytest.raises(DataError, match="none") as refused:
+        launch(config, tmp_path / "run")
+    assert refused.value.exit_code == 2
+    assert "Traceback" not in str(refused.value)
+    # One worker needs no second start of its group to end.
+    assert not any("was lost" in event for event in read_events(tmp_path / "run"))
 
 
 def undisturbed(folder: Path, workers: int) -> dict:

@@ -11,7 +11,7 @@ import pytest
 
 from raysched.config.loading import write_yaml
 from raysched.distributed.launch import run_training
-from raysched.errors import RunFailedError
+from raysched.errors import LostResourcesError
 from raysched.training.events import read_events
 from raysched.training.heartbeat import WORKERS_FOLDER
 from raysched.training.run_folder import open_run_folder, read_metrics
@@ -79,7 +79,7 @@ def test_a_cluster_in_use_is_waited_for_aloud_and_not_for_ever(tmp_path, ray_ses
     other = placement_group([{"CPU": 1}])
     assert other.wait(30)
     try:
-        with pytest.raises(RunFailedError, match=r"no room for 2 workers: .* free"):
+        with pytest.raises(LostResourcesError, match=r"no room for 2 workers: .* free"):
             run_training(config, run_dir=tmp_path / "run", report=lambda metrics: None)
     finally:
         remove_placement_group(other)

@@ -1,8 +1,15 @@
+import io
+
 import pytest
+from rich.console import Console
 
 from raysched.config.run import RunConfig
+from raysched.distributed.resources import StoppedWaitingError
 from raysched.errors import ConfigError
-from raysched.tuning.search import max_concurrent, trial_resources
+from raysched.tuning import search as searching
+from raysched.tuning.journal import Journal
+from raysched.tuning.search import max_concurrent, search, trial_resources, trials_at_once
+from tests.tuning.synthetic import load
 
 
 def run(**scaling) -> RunConfig:
@@ -35,3 +42,36 @@ def test_a_worker_never_spans_two_nodes():
 def test_a_trials_own_process_takes_a_cpu_only_where_it_trains_itself():
     assert trial_resources(run(num_workers=2))["CPU"] == 0
     assert trial_resources(run(num_workers=0, cpus_per_worker=2))["CPU"] == 2
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """A cluster that others started, which carries two trials today."""
+    monkeypatch.setattr(searching, "ensure_ray", lambda: None)
+    monkeypatch.setattr(searching, "started_here", lambda: False)
+    monkeypatch.setattr(searching, "living_nodes", lambda: [{"CPU": 2.0}])
+
+
+def test_the_users_number_of_trials_stands_where_a_cluster_may_grow(tmp_path, joined, monkeypatch):
+    console = Console(file=io.StringIO(), width=200)
+    many = load(tmp_path, search={"max_concurrent": 8})
+    assert trials_at_once(many, console) == 8
+    assert console.file.getvalue() == ""
+    assert trials_at_once(load(tmp_path), console) == 2
+    assert "2 trials at once" in console.file.getvalue()
+    assert "search.max_concurrent=N" in console.file.getvalue()
+    monkeypatch.setattr(searching, "started_here", lambda: True)
+    assert trials_at_once(many, console) == 2
+
+
+def test_a_sweep_that_is_stopped_while_it_waits_for_room_is_stopped(tmp_path, joined, monkeypatch):
+    def wait(scaling, say):
+        say("waiting for it to grow")
+        raise StoppedWaitingError
+
+    monkeypatch.setattr(searching, "check_resources", wait)
+    console = Console(file=io.StringIO(), width=200)
+    loaded = load(tmp_path)
+    plan = type("Plan", (), {"budget": loaded.budget})
+    assert search(loaded, Journal(tmp_path), plan, None, console)
+    assert "waiting for it to grow" in console.file.getvalue()

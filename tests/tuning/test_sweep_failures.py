@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from raysched.training.run_folder import read_metrics
 from raysched.tuning.journal import Journal, read_events
 from raysched.tuning.sweep import retry
 from tests.tuning.synthetic import OFFSET, load, synthetic_train
@@ -139,7 +141,7 @@ def test_a_process_is_taken_over_from_trial_to_trial_and_the_fixed_cost_is_measu
 
 
 CLUSTER_DRIVER = """
-import io, sys
+import sys
 from pathlib import Path
 from rich.console import Console
 from raysched.tuning.sweep import run_sweep
@@ -149,10 +151,50 @@ train = synthetic_train(folder / "log", wait_for=folder / "go")
 search = {"num_samples": 1, "max_concurrent": 1}
 result = run_sweep(
     load(folder, search=search, early_stopping={"kind": "none"}), resume=False,
-    console=Console(file=io.StringIO()), train=train, compare=known_comparison,
+    console=Console(file=(folder / "shown").open("w"), width=200),
+    train=train, compare=known_comparison,
 )
 sys.exit(result.exit_code)
 """
+
+
+def start_driver(
+    folder: Path, address: str, driver: str = CLUSTER_DRIVER
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", driver, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_waits_for_the_first_node_of_a_cluster_that_grows(tmp_path):
+    """A head without CPUs, as the files in cluster/ have it; a node comes once it is asked for."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    process = None
+    try:
+        process = start_driver(tmp_path, cluster.address)
+        (tmp_path / "go").touch()
+        shown = tmp_path / "shown"
+        wait_until(lambda: shown.is_file() and "waiting up to" in shown.read_text(), process)
+        cluster.add_node(num_cpus=1)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+        cluster.shutdown()
+    events = read_events(tmp_path / "sweep" / "trials.jsonl")
+    ends = [(e["number"], e["status"]) for e in events if e["event"] == "ended"]
+    assert ends == [(0, "finished"), (1, "finished")]
 
 
 @pytest.mark.ray
@@ -168,14 +210,7 @@ def test_a_trial_that_is_lost_with_its_node_is_begun_again_on_another(tmp_path):
     process = None
     try:
         node = cluster.add_node(num_cpus=1)
-        process = subprocess.Popen(
-            [sys.executable, "-c", CLUSTER_DRIVER, str(tmp_path)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = start_driver(tmp_path, cluster.address)
         journal = tmp_path / "sweep" / "trials.jsonl"
 
         def half_way() -> bool:
@@ -197,3 +232,70 @@ def test_a_trial_that_is_lost_with_its_node_is_begun_again_on_another(tmp_path):
     assert ends == [(0, "finished"), (1, "stopped"), (1, "finished")]
     started = [line[:3] for line in (tmp_path / "log").read_text().splitlines()]
     assert started == ["000", "001", "001"]
+
+
+NESTED_DRIVER = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from raysched.tuning.sweep import run_sweep
+from tests.training.runs import SMALL
+from tests.tuning.synthetic import known_comparison, load
+folder = Path(sys.argv[1])
+overrides = {
+    **{key: value for key, value in SMALL.items() if "budget" not in key},
+    "evaluation.enabled": True, "tracking.enabled": False,
+    "scheduled_sampling.probability": 0.5, "training.checkpoint_every_steps": 20,
+    "scaling.num_workers": 1, "scaling.resource_timeout_s": 1.0,
+}
+loaded = load(
+    folder, overrides=overrides, budget_forward_equivalents=8000,
+    search={"num_samples": 1, "max_concurrent": 1}, early_stopping={"kind": "none"},
+)
+result = run_sweep(
+    loaded, resume=False, console=Console(file=(folder / "shown").open("w"), width=200),
+    compare=known_comparison,
+)
+sys.exit(result.exit_code)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_trial_whose_worker_is_lost_with_its_node_waits_for_another(tmp_path):
+    """The trial's own process sits on the head; its worker's node goes, another comes late."""
+    from ray.cluster_utils import Cluster
+
+    system = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": system}
+    )
+    process = None
+    trial, shown = tmp_path / "sweep" / "trials" / "001", tmp_path / "shown"
+    try:
+        node = cluster.add_node(num_cpus=1)
+        process = start_driver(tmp_path, cluster.address, NESTED_DRIVER)
+
+        def half_way() -> bool:
+            points = read_metrics(trial)
+            return bool(points) and points[-1]["step"] > 30
+
+        wait_until(half_way, process)
+        cluster.remove_node(node, allow_graceful=False)
+        wait_until(lambda: "the sweep waits for nodes" in shown.read_text(), process)
+        # Longer than a run of its own would wait.
+        time.sleep(8.0)
+        cluster.add_node(num_cpus=1)
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+        cluster.shutdown()
+    events = read_events(tmp_path / "sweep" / "trials.jsonl")
+    ends = [(e["number"], e["status"]) for e in events if e["event"] == "ended"]
+    assert ends == [(0, "finished"), (1, "finished")]
+    assert "there is room for a trial again" in shown.read_text()
+    assert "rank 0 was lost" in (trial / "log.txt").read_text()

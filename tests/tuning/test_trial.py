@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from raysched.errors import DataError
-from raysched.tuning.trial import TrialPlan, train_trial
+from raysched.errors import DataError, LostResourcesError
+from raysched.tuning.trial import TrialPlan, train_run, train_trial
 from tests.tuning.synthetic import OFFSET, load, synthetic_train
 
 CANDIDATE = {"trial_number": 3, "baseline": False, "assignments": {OFFSET: 2}, "tracking_id": ""}
@@ -140,3 +140,27 @@ def test_relative_data_paths_start_from_the_drivers_folder(tmp_path):
     )
     config = plan.config(BASELINE, seed=0)
     assert config.data.cache_dir == str(tmp_path / "driver" / "cache")
+
+
+def test_a_trial_that_lost_its_place_in_the_cluster_is_to_be_begun_again(tmp_path):
+    def lost(config, **how):
+        raise LostResourcesError("its node has died")
+
+    end = train_trial(CANDIDATE, make_plan(tmp_path, lost), print)
+    assert (end["status"], end["again"], end["error"]) == ("stopped", True, "its node has died")
+    kept = train_trial(CANDIDATE, make_plan(tmp_path, synthetic_train(tmp_path / "log")), print)
+    assert (kept["status"], kept["again"]) == ("finished", False)
+
+
+def test_a_trial_waits_for_room_as_long_as_it_takes(tmp_path, monkeypatch):
+    asked = []
+
+    def run_training(config, **how):
+        asked.append(config.scaling.resource_timeout_s)
+
+    monkeypatch.setattr("raysched.distributed.launch.run_training", run_training)
+    config = make_plan(tmp_path, None).config(CANDIDATE, seed=0)
+    train_run(config, run_dir=tmp_path / "run", report=print, tracking=None)
+    assert asked == [None]
+    # What is kept of the run is what the user asked for.
+    assert "resource_timeout_s: null" not in (tmp_path / "run" / "config.yaml").read_text()
