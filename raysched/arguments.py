@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from raysched.errors import ConfigError
 
 CONFIG_COMMANDS = frozenset({"train", "plan", "tune", "show-config", "verify-resume"})
-FLAGS = frozenset({"--json", "--resume", "--help"})
+FLAGS = frozenset({"--json", "--resume", "--retry-failed", "--help"})
 # No slash before the sign: `runs/lr=0.1/config.yaml` is a file.
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*=")
 

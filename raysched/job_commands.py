@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raysched.arguments import CONFIG_COMMANDS, join_values, split_arguments
+from raysched.arguments import join_values, split_arguments
 from raysched.commands import Json, Work
 from raysched.outcome import Outcome, usage_failure, warn
 
@@ -61,7 +61,10 @@ def submit(
     The same submission again finds its job rather than starting a second.
     """
     parent: Any = context.parent.command if context.parent else None
-    names = set(getattr(parent, "commands", {})) - LOCAL_COMMANDS
+    commands: dict[str, Any] = getattr(parent, "commands", {})
+    names = commands.keys() - LOCAL_COMMANDS
+    joined = join_values(tokens)
+    settings = _settings(context, commands[joined[0]], joined) if joined[0] in names else []
 
     def work() -> Outcome:
         if tokens[0] not in names:
@@ -69,9 +72,8 @@ def submit(
         from raysched.distributed.job_server import server_address
         from raysched.distributed.submit import Extras, prepare
 
-        url, joined = server_address(address), join_values(tokens)
-        has_config = tokens[0] in CONFIG_COMMANDS
-        config, overrides = split_arguments(joined[1:]) if has_config else (None, [])
+        url = server_address(address)
+        config, overrides = split_arguments(settings)
         files = Extras(tuple(env or ()), tuple(include or ()), root)
         job = prepare(joined, config, overrides, files, submission_id)
         if dry_run:
@@ -80,6 +82,15 @@ def submit(
         return _sent(job, url, any_version=any_version, detach=detach, as_json=as_json)
 
     return work
+
+
+def _settings(context: typer.Context, command: Any, tokens: list[str]) -> list[str]:
+    """Config file and settings among a command's tokens, without its options.
+
+    Parsed as the job will do it, so that mistakes in the options show here.
+    """
+    parsed = command.make_context(tokens[0], tokens[1:], parent=context.parent)
+    return list(parsed.params.get("tokens") or [])
 
 
 def _sent(job: Job, url: str, *, any_version: bool, detach: bool, as_json: bool) -> Outcome:

@@ -117,7 +117,9 @@ def plan(
 
     def work() -> Outcome:
         path, overrides = split_arguments(tokens or [])
-        if path is not None and _is_space(path):
+        from raysched.config.parsing import is_space
+
+        if path is not None and is_space(path):
             return _plan_space(path, overrides, price_per_hour, corners, as_json=as_json)
         if price_per_hour is not None:
             return usage_failure("--price-per-hour goes with a SPACE, such as tune_spaces/…")
@@ -130,14 +132,6 @@ def plan(
         return Outcome(forecast.as_json())
 
     return work
-
-
-def _is_space(path: str) -> bool:
-    from pathlib import Path
-
-    from raysched.config.parsing import read_mapping
-
-    return "space" in read_mapping(Path(path), path)
 
 
 def _plan_space(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -108,6 +111,10 @@ def test_versions_in_the_files_are_the_pinned_ones() -> None:
     docker = (CLUSTER / "Dockerfile").read_text()
     assert f"ARG TORCH_VERSION={pins()['torch']}\n" in docker
     assert f"ARG RAY_VERSION={pins()['ray']}\n" in docker
+    # What Ray's autoscaler for AWS calls and imports runs in the head's container.
+    assert re.search(r'"boto3==\$\{BOTO3_VERSION\}"', docker)
+    assert re.search(r"ARG BOTO3_VERSION=\d+\.\d+\.\d+\n", docker)
+    assert {"openssh-client", "rsync"} <= set(docker.split())
     for name in ("raycluster.yaml", "rayjob.yaml"):
         rays = re.findall(r'rayVersion: "(.+)"', (CLUSTER / name).read_text())
         assert rays == [pins()["ray"]]
@@ -130,6 +137,71 @@ def test_clusters_are_closed_and_heads_take_no_work() -> None:
         group = spec["workerGroupSpecs"][0]
         assert group["minReplicas"] < group["maxReplicas"]
     assert "USER raysched" in (CLUSTER / "Dockerfile").read_text()
+
+
+FAKE_RAY = """#!/usr/bin/env python3
+import socket, sys, time
+open({seen!r}, "w").write("\\n".join(sys.argv))
+place = ("127.0.0.1", int(sys.argv[sys.argv.index("--dashboard-port") + 1]))
+server = socket.create_server(place)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Callable[[str], subprocess.CompletedProcess[str]]]:
+    """`cluster/local` with a `ray` that only notes its arguments, for a user with a long home."""
+    for folder in ("cluster", "bin", "h" * 60):
+        (tmp_path / folder).mkdir()
+    script = shutil.copy(CLUSTER / "local", tmp_path / "cluster")
+    ray = tmp_path / "bin" / "ray"
+    ray.write_text(FAKE_RAY.format(seen=str(tmp_path / "seen")))
+    ray.chmod(0o755)
+    # Ports of its own, and a folder of Ray's that no head of the user has.
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = str(one.getsockname()[1])
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(tmp_path / ("h" * 60)),
+        "RAYSCHED_HEAD_PORT": port,
+        "RAYSCHED_DASHBOARD_PORT": port,
+    }
+
+    def run(verb: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [script, verb], env=environment, capture_output=True, text=True, timeout=60
+        )
+
+    rays = Path(f"/tmp/raysched-{os.getuid()}-{port}")
+    (tmp_path / "rays").symlink_to(rays)
+    try:
+        yield run
+    finally:
+        run("stop")
+        rays.unlink() if rays.is_symlink() else shutil.rmtree(rays, ignore_errors=True)
+
+
+Local = Callable[[str], subprocess.CompletedProcess[str]]
+
+
+def test_rays_sockets_have_short_paths_below_a_long_home(local: Local, tmp_path: Path) -> None:
+    started = local("start")
+    assert started.returncode == 0, started.stdout + started.stderr
+    arguments = (tmp_path / "seen").read_text().splitlines()
+    temp = arguments[arguments.index("--temp-dir") + 1]
+    session = "session_2026-01-01_12-00-00_123456_1234567"
+    assert len(f"{temp}/{session}/sockets/dash_UsageStatsHead") <= 107
+    found = Path(temp).stat()
+    assert (found.st_mode & 0o777, found.st_uid) == (0o700, os.getuid())
+    assert local("stop").stdout == "stopped\n"
+
+
+def test_a_link_in_the_place_of_rays_folder_is_refused(local: Local, tmp_path: Path) -> None:
+    (tmp_path / "rays").readlink().symlink_to(tmp_path)
+    started = local("start")
+    assert started.returncode == 2
+    assert "is not a folder of yours" in started.stderr
+    assert not (tmp_path / "seen").exists()
 
 
 def test_shell_scripts_pass_shellcheck() -> None:

@@ -155,6 +155,11 @@ def read_mapping(path: Path, source: str) -> dict[Any, Any]:
     return value
 
 
+def is_space(path: str) -> bool:
+    """Whether a configuration file is a sweep's space, rather than a run's config."""
+    return "space" in read_mapping(Path(path), path)
+
+
 def _read_text(path: Path, source: str) -> str:
     try:
         if path.is_dir():

@@ -165,7 +165,7 @@ class JobServer:
         except urllib.error.HTTPError as error:
             with error:
                 body = error.read()
-            return self._refused(error.code, body, absent_ok=absent_ok)
+            return self._refused(method, error.code, body, absent_ok=absent_ok)
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", None) or error
             raise ServerAwayError(f"no job server answers at {self.address} ({reason})") from error
@@ -174,7 +174,7 @@ class JobServer:
         except ValueError as error:
             raise ConfigError(f"{self.address} is no Ray job server: {path} is no JSON") from error
 
-    def _refused(self, code: int, body: bytes, *, absent_ok: bool) -> None:
+    def _refused(self, method: str, code: int, body: bytes, *, absent_ok: bool) -> None:
         if code == 404 and absent_ok:
             return
         if code in (401, 403):
@@ -187,4 +187,7 @@ class JobServer:
         lines = body.decode(errors="replace").strip().splitlines()
         # The runtime environment may stand in it, with the values of its variables.
         reason = lines[-1].partition("{")[0][:300] if lines else ""
+        if method == "GET" and code >= 500:
+            # Ray's answer for logs whose node can't be asked now; a look may be repeated.
+            raise ServerAwayError(f"the job server at {self.address} answers {code}: {reason}")
         raise RunFailedError(f"{self.address} refuses the request ({code}): {reason}")

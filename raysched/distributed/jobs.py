@@ -19,6 +19,8 @@ POLL_S = 0.5
 # Long logs are asked for less often.
 BYTES_PER_S = 2_000_000
 RECONNECT_S = 600.0
+# An ended job's last lines are waited for so long: the node that had them may be gone.
+LAST_LINES_S = 15.0
 
 
 def exit_code(job: dict[str, Any]) -> int:
@@ -91,14 +93,20 @@ def follow(
     """
     away_since = None
     while True:
+        job: dict[str, Any] = {}
         try:
             job = find_job(server, submission_id)
             text = server.logs(submission_id)
         except ServerAwayError as error:
             now = time.monotonic()
+            has_ended = job.get("status") in ENDED
             if away_since is None:
                 away_since = now
-                print(f"warning: {error}; the job goes on, trying again", file=sys.stderr)
+                state = "has ended" if has_ended else "goes on"
+                print(f"warning: {error}; the job {state}, trying again", file=sys.stderr)
+            if has_ended and now - away_since > min(LAST_LINES_S, patience_s):
+                print("warning: the job's last lines are lost", file=sys.stderr)
+                return job
             if now - away_since > patience_s:
                 raise ServerAwayError(
                     f"{error} for {patience_s:.0f} s; {goes_on(server, submission_id)}"

@@ -41,7 +41,7 @@ from raysched.training.out_of_memory import (
     remember,
 )
 from raysched.training.output import captured
-from raysched.training.protocols import NullTracker, Tracker
+from raysched.training.protocols import NullTracker, Tracker, closed_at_errors
 from raysched.training.result import RunResult
 from raysched.training.run_folder import WRITER_LOCK, own_run_folder
 
@@ -291,15 +291,18 @@ def _run_loop(
             tracker.set_tags(
                 {"raysched.out_of_memory": f"gradient_accumulation {accumulation} was needed"}
             )
+        # A group of workers may begin again: the driver notes how that ends.
+        may_begin_again = config.scaling.num_workers > 0
         try:
-            return train_loop(
-                config,
-                run_dir=run_dir,
-                report=report,
-                tracker=tracker,
-                evaluator=make_evaluator(config) if is_main else None,
-                heart=heart,
-            )
+            with contextlib.nullcontext() if may_begin_again else closed_at_errors(tracker):
+                return train_loop(
+                    config,
+                    run_dir=run_dir,
+                    report=report,
+                    tracker=tracker,
+                    evaluator=make_evaluator(config) if is_main else None,
+                    heart=heart,
+                )
         except StorageError as error:
             # Other ranks would wait for this one; alone, a full disk is how the run ended.
             if config.scaling.num_workers:

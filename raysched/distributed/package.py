@@ -164,7 +164,10 @@ def _package_root() -> Path:
 
 def _included(path: Path) -> list[Path]:
     if path.is_dir():
-        return [found for found in _walk(path) if not may_be_secret(found)]
+        inside = [found for found in _walk(path) if not may_be_secret(found)]
+        for found in inside:
+            _check_content(found)
+        return inside
     _check_named(path)
     return [path]
 
@@ -177,6 +180,10 @@ def _check_named(path: Path) -> None:
             f"{path}: is not sent: its name is one of secrets, data or checkpoints; put it on the "
             "cluster's storage, or give it as a secret of the cluster"
         )
+    _check_content(path)
+
+
+def _check_content(path: Path) -> None:
     if path.stat().st_size <= MIB and holds_password(path.read_bytes()):
         raise ConfigError(
             f"{path}: holds a URL with a password, which the cluster would keep in plain text: "

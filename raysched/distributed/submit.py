@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from raysched.config.parsing import is_space
 from raysched.distributed.job_server import JobServer
 from raysched.distributed.joining import VERSION_KEY
 from raysched.distributed.package import Package, collect, holds_password
@@ -172,7 +173,7 @@ def _configs(
     command: str, rest: Sequence[str], path: str | None, overrides: Sequence[str]
 ) -> tuple[list[str], str]:
     """The config files that a command reads, with their bases, and the name of what it does."""
-    if command == "tune":
+    if command == "tune" or (command == "plan" and path is not None and is_space(path)):
         from raysched.config.space import load_sweep
 
         if path is None:

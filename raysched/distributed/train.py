@@ -18,7 +18,7 @@ from raysched.training.checkpoint import checkpoint_folders
 from raysched.training.events import note_event
 from raysched.training.fetch import check_storage, prepare_storage, stored_run_name
 from raysched.training.files import write_json
-from raysched.training.protocols import Tracker
+from raysched.training.protocols import RunStatus, Tracker
 from raysched.training.result import RunResult, read_result
 from raysched.training.run_folder import (
     CONFIG_FILE,
@@ -80,21 +80,43 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
             _tracking(config, run_dir, console) as make_tracker,
             live_status(console, run_dir),
         ):
-            try:
-                with grace_period(config.scaling.grace_s):
-                    result = run_training(
-                        config,
-                        run_dir=run_dir,
-                        report=functools.partial(_print_evaluation, console),
-                        make_tracker=make_tracker,
-                    )
-            except GraceOver:
-                result = _out_of_time(config, run_dir)
+            result = _run_tracked(config, run_dir, console, make_tracker)
     for words in speed_words(result.compute):
         console.print(words, soft_wrap=True, highlight=False)
     for note in result.notes:
         console.print(f"warning: {note}", soft_wrap=True, highlight=False)
     return result
+
+
+def _run_tracked(
+    config: RunConfig,
+    run_dir: Path,
+    console: Console,
+    make_tracker: Callable[[], Tracker] | None,
+) -> RunResult:
+    """Train; where the tracker could not record how it ended, as with lost workers, do so here."""
+    status: RunStatus = "failed"
+    try:
+        with grace_period(config.scaling.grace_s):
+            result = run_training(
+                config,
+                run_dir=run_dir,
+                report=functools.partial(_print_evaluation, console),
+                make_tracker=make_tracker,
+            )
+        status = result.status
+        return result
+    except GraceOver:
+        status = "stopped"
+        return _out_of_time(config, run_dir)
+    except (KeyboardInterrupt, SystemExit):
+        status = "stopped"
+        raise
+    finally:
+        if make_tracker is not None:
+            from raysched.tracking import note_end
+
+            note_end(run_dir, status)
 
 
 def _out_of_time(config: RunConfig, run_dir: Path) -> RunResult:

@@ -13,6 +13,7 @@ from raysched.tracking.sync import (
     describe_run,
     finish_run,
     note,
+    note_end,
     recorded_run,
     sync,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "describe_run",
     "finish_run",
     "note",
+    "note_end",
     "prepare_store",
     "recorded_run",
     "start_run",

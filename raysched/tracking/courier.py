@@ -37,6 +37,7 @@ class Courier:
         self._handle = handle
         self._uri = redact(handle.uri)
         self._told = self._away = handle.offline
+        self._told_put_off = False
         self._flush_every_s = flush_every_s
         self._senders: dict[Path, Sender] = {}
         self._num_told_rejected: dict[Path, int] = {}
@@ -58,6 +59,8 @@ class Courier:
             return
         # Waiting long for a store that is away helps nobody; one that is back gets all the time.
         patience_s = min(timeout_s, _PATIENCE_AWAY_S)
+        for sender in self._senders.values():
+            sender.hurry()
         self._patience, self._deadline = (time.monotonic() + s for s in (patience_s, timeout_s))
         self._closing.set()
         self._wake.set()
@@ -115,6 +118,7 @@ class Courier:
             return False
         finally:
             self._tell_rejected(folder, sender)
+            self._tell_put_off(folder, sender)
         return not self._is_late()
 
     def _stops_between_batches(self) -> bool:
@@ -136,6 +140,18 @@ class Courier:
             self._uri,
             fault,
             describe(error),
+            folder,
+        )
+
+    def _tell_put_off(self, folder: Path, sender: Sender) -> None:
+        if self._told_put_off or not sender.put_off_reason:
+            return
+        self._told_put_off = True
+        LOGGER.warning(
+            "MLflow at %s takes points but not files (%s). They are kept and tried again, later "
+            "with: raysched sync %s",
+            self._uri,
+            sender.put_off_reason,
             folder,
         )
 

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raysched.errors import StorageError
-from raysched.tracking.client import UnreachableError, connect, describe, is_refused
+from raysched.tracking.client import (
+    UnreachableError,
+    connect,
+    describe,
+    is_refused,
+    status_code,
+)
+from raysched.tracking.recall import recall
 from raysched.tracking.spool import OFFLINE_PREFIX, RunRecord, Spool
 from raysched.tracking.store import LOGGER, StoreHandle
 from raysched.tracking.uris import redact
@@ -71,7 +78,7 @@ def start_run(
         handle: from `prepare_store`.
         name: the run's name in the UI.
         run_dir: the run's folder; `tracking/run.json` is written there. If it already holds the
-            record of a run in this store, that run goes on and nothing is made.
+            record of a run in this store, that run goes on; it is made anew if the store lost it.
         parent_run_id: what `start_run` returned for the parent.
         params: flat settings to compare runs by.
         tags: labels.
@@ -86,24 +93,29 @@ def start_run(
     """
     spool = Spool(run_dir)
     record = spool.load_record()
-    if record is not None:
-        if (record.uri, record.experiment) == (redact(handle.uri), handle.experiment):
-            return record.public_id
+    here = (redact(handle.uri), handle.experiment)
+    if record is not None and (record.uri, record.experiment) != here:
         _set_aside(spool)
-    record = RunRecord(
-        uri=redact(handle.uri),
-        experiment=handle.experiment,
-        local_id=uuid.uuid4().hex,
-        name=name,
-        parent_run_id=parent_run_id,
-        start_time=now_ms(),
-        params=clean_params(params or {}),
-        tags=clean_tags(tags or {}),
-    )
-    spool.save_record(record)
-    if not handle.offline:
+        record = None
+    is_new = record is None
+    if record is None:
+        record = RunRecord(
+            *here,
+            local_id=uuid.uuid4().hex,
+            name=name,
+            parent_run_id=parent_run_id,
+            start_time=now_ms(),
+            params=clean_params(params or {}),
+            tags=clean_tags(tags or {}),
+        )
+        spool.save_record(record)
+    if not handle.offline and (is_new or record.run_id):
         try:
-            make_run(connect(handle.uri), record, handle.experiment_id, look_first=False)
+            client = connect(handle.uri)
+            if is_new:
+                make_run(client, record, handle.experiment_id, look_first=False)
+            else:
+                _take_up(client, spool, record, handle.experiment_id, parent_run_id)
         except Exception as error:
             from mlflow.exceptions import MlflowException
 
@@ -125,6 +137,49 @@ def _set_aside(spool: Spool) -> None:
     except OSError as error:
         raise StorageError(f"{spool.folder}: can't be moved aside: {error.strerror}") from error
     LOGGER.warning("this run was tracked in another MLflow store; its points are in %s", aside)
+
+
+def _take_up(
+    client: Any, spool: Spool, record: RunRecord, experiment_id: str, parent_run_id: str | None
+) -> None:
+    """Go on with a run that was made: behind the points that the store has of it, or anew."""
+    assert record.run_id is not None
+    run = find_run(client, record.run_id)
+    if run is None:
+        record.parent_run_id = parent_run_id
+        renew_run(client, spool, record, experiment_id)
+    elif not spool.path.exists():
+        recall(client, run, spool)
+
+
+def find_run(client: Any, run_id: str) -> Any:
+    """The run; None if the store answers and has none of this id, or a deleted one."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if status_code(error) != 404:
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def renew_run(client: Any, spool: Spool, record: RunRecord, experiment_id: str) -> str:
+    """Make a run anew that its store has lost; everything in the spool counts as unsent again."""
+    lost = record.run_id
+    run_id = make_run(client, record, experiment_id, look_first=True)
+    # In this order: killed in between, the next one finds the run lost once more.
+    spool.acknowledge(0)
+    spool.save_record(record)
+    LOGGER.warning(
+        "MLflow at %s has no run %s any more: it is made anew as %s, with what %s holds",
+        record.uri,
+        lost,
+        run_id,
+        spool.path,
+    )
+    return run_id
 
 
 def make_run(client: Any, record: RunRecord, experiment_id: str, *, look_first: bool) -> str:

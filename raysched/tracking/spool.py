@@ -7,6 +7,7 @@ Files in `<run_dir>/tracking/`:
 | `run.json` | how the run is made in MLflow (`RunRecord`); `run_id` is null until it exists |
 | `spool.jsonl` | one JSON object per line, appended in order, never rewritten |
 | `acknowledged.json` | `{"offset": bytes of spool.jsonl that MLflow has}`; replaced atomically |
+| `later.jsonl` | files that the store would not take while it took points; tried again |
 | `rejected.jsonl` | entries that MLflow refused for good, with the reason |
 | `images/*.png` | pictures that wait; deleted once MLflow has them |
 | `sender.lock` | held while someone sends, so that two processes don't |
@@ -39,6 +40,8 @@ from typing import Any
 from raysched.errors import StorageError
 
 OFFLINE_PREFIX = "offline-"
+# Before the names of metrics that are shown against compute.
+BY_FE = "by_fe/"
 _FORMAT_VERSION = 1
 _READ_BYTES = 1 << 20
 Operation = dict[str, Any]
@@ -92,9 +95,9 @@ def count_points(operation: Operation) -> int:
     return len(operation["values"]) if operation["op"] == "metrics" else 1
 
 
-def _replace(path: Path, content: Any) -> None:
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -106,6 +109,7 @@ class Spool:
         self.folder = self.run_dir / "tracking"
         self.path = self.folder / "spool.jsonl"
         self.record_path = self.folder / "run.json"
+        self.later_path = self.folder / "later.jsonl"
         self.rejected_path = self.folder / "rejected.jsonl"
         self.images = self.folder / "images"
         self.lock_path = self.folder / "sender.lock"
@@ -135,7 +139,8 @@ class Spool:
         """Write the run's record atomically."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.record_path, {"version": _FORMAT_VERSION, **asdict(record)})
+            content = {"version": _FORMAT_VERSION, **asdict(record)}
+            _replace(self.record_path, json.dumps(content, indent=1, ensure_ascii=False))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -228,15 +233,31 @@ class Spool:
 
     def acknowledge(self, offset: int) -> None:
         """Remember that MLflow has everything before `offset`."""
-        _replace(self._acknowledged_path, {"offset": offset})
+        _replace(self._acknowledged_path, json.dumps({"offset": offset}))
 
     def num_pending(self) -> int:
         """Points that MLflow doesn't have yet."""
-        return sum(count_points(entry.operation) for entry in self.entries(self.acknowledged()))
+        unsent = sum(count_points(entry.operation) for entry in self.entries(self.acknowledged()))
+        return unsent + len(self.put_off())
+
+    def put_off(self) -> list[Operation]:
+        """Files that wait beside the spool, each with the `reason`."""
+        if not self.later_path.exists():
+            return []
+        lines = self.later_path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def keep_for_later(self, operations: list[Operation]) -> None:
+        """Replace what `put_off` returns; nobody else may be sending."""
+        if not operations:
+            self.later_path.unlink(missing_ok=True)
+            return
+        lines = [json.dumps(operation, ensure_ascii=False) + "\n" for operation in operations]
+        _replace(self.later_path, "".join(lines))
 
     def reject(self, operation: Operation, reason: str) -> None:
         """Put aside what MLflow refuses for good."""
-        line = json.dumps({"reason": reason, **operation}, ensure_ascii=False)
+        line = json.dumps({**operation, "reason": reason}, ensure_ascii=False)
         with self.rejected_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

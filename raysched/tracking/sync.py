@@ -95,7 +95,8 @@ def _send_until(sender: Sender, deadline: float) -> tuple[int, str]:
     """Send one spool; locks are waited for, other failures end the attempt."""
     while True:
         try:
-            return sender.send(lambda: time.monotonic() > deadline), ""
+            num_sent = sender.send(lambda: time.monotonic() > deadline)
+            return num_sent, sender.put_off_reason
         except Exception as error:  # noqa: BLE001 (the other runs are sent all the same)
             waiting = isinstance(error, Timeout) or is_locked(error)
             if not waiting or time.monotonic() > deadline:
@@ -137,6 +138,21 @@ def note(
         spool.append(status_operation(status))
     spool.sync_to_disk()
     spool.close()
+
+
+def note_end(run_dir: Path, status: RunStatus) -> None:
+    """Note how a run ended, unless its tracker has done so; a courier or `sync` sends it."""
+    lines = (entry.operation for entry in Spool(run_dir).entries())
+    last = "running"
+    for operation in lines:
+        if operation["op"] == "status":
+            last = operation["status"]
+    if last != "running":
+        return
+    try:
+        note(run_dir, status=status)
+    except StorageError as error:
+        LOGGER.warning("%s", error)  # how the run ended is told beside it
 
 
 def describe_run(run_dir: Path) -> None:

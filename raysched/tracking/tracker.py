@@ -171,11 +171,13 @@ class MlflowTracker:
         if self._closed:
             return
         self._closed = True
-        self._spool.append(status_operation(status))
-        self._spool.sync_to_disk()
-        self._spool.close()
-        if self._courier is not None:
-            self._courier.close(timeout_s)
+        try:
+            self._spool.append(status_operation(status))
+            self._spool.sync_to_disk()
+        finally:
+            self._spool.close()
+            if self._courier is not None:
+                self._courier.close(timeout_s)
 
 
 def _record_elsewhere(handle: StoreHandle, run_id: str) -> RunRecord:

@@ -122,7 +122,7 @@ def serve(
             host,
         )
     port = _free_port(host, port)
-    url = f"http://{host}:{port}"
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     process = _start(page.uri, host, port)
     try:
         _wait_until_it_answers(process, url, asked_to_stop)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -10,7 +11,11 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from raysched.errors import StorageError
+
 RunStatus = Literal["finished", "stopped", "pruned", "failed"]
+# Whoever interrupts, or kills after the grace period, does not wait for a store.
+INTERRUPTED_FLUSH_S = 2.0
 
 
 # Called on every rank after each evaluation, with the metrics of rank 0 there.
@@ -81,3 +86,18 @@ class NullTracker:
 
     def close(self, status: RunStatus, timeout_s: float = 30.0) -> None:
         """Do nothing."""
+
+
+@contextlib.contextmanager
+def closed_at_errors(tracker: Tracker) -> Iterator[None]:
+    """Let the block close its tracker; where an error ends it, send what is there and say so."""
+    try:
+        yield
+    except BaseException as error:
+        # A full disk has no room for this either; the error itself is on its way.
+        with contextlib.suppress(StorageError):
+            if isinstance(error, Exception):
+                tracker.close("failed")
+            else:
+                tracker.close("stopped", timeout_s=INTERRUPTED_FLUSH_S)
+        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "AWS_SECRET_ACCESS_KEY": "planted-secret",
     }
     before = Head(folder, environment)
+    rays = Path(f"/tmp/raysched-{os.getuid()}-{ports + 6}")
     started = before.local("start")
     try:
         assert started.returncode == 0, started.stdout + started.stderr
@@ -105,11 +107,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         stopped = before.local("stop")
     assert stopped.stdout.strip() == "stopped"
     assert before.local("stop").stdout.strip() == "not running"
-    assert processes_of(folder) == []
+    assert processes_of(folder / "s", rays) == []
+    shutil.rmtree(rays)
 
 
-def processes_of(folder: Path) -> list[str]:
-    """Command lines that name the head's folder; waits for those that are ending."""
+def processes_of(*folders: Path) -> list[str]:
+    """Command lines that name one of the head's folders; waits for those that are ending."""
     until = time.monotonic() + 20
     while True:
         found = []
@@ -118,7 +121,7 @@ def processes_of(folder: Path) -> list[str]:
                 line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:
                 continue
-            if str(folder / "s") in line:
+            if any(str(folder) in line for folder in folders):
                 found.append(line)
         if not found or time.monotonic() > until:
             return found

@@ -92,6 +92,45 @@ def test_an_uri_with_a_password_is_refused(project, capfd):
         collect(["bad.yaml"])
 
 
+@pytest.mark.parametrize(
+    ("line", "entrypoint"),
+    [
+        ("tune SPACE --resume", "tune SPACE --resume"),
+        ("tune --retry-failed SPACE --resume seed=3", "tune --retry-failed SPACE --resume seed=3"),
+        ("train configs/run.yaml --resume --seed 3", "train configs/run.yaml --resume --seed=3"),
+        ("verify-resume configs/run.yaml --kills 2", "verify-resume configs/run.yaml --kills=2"),
+        ("plan SPACE --price-per-hour 2.5", "plan SPACE --price-per-hour=2.5"),
+        ("plan --corners 2 SPACE", "plan --corners=2 SPACE"),
+        ("pick runs/x --top 2 --resume", "pick runs/x --top 2 --resume"),
+    ],
+)
+def test_a_command_is_sent_with_its_own_options(project, capfd, line, entrypoint):
+    path = "tune_spaces/space.yaml"
+    assert main(["submit", *line.replace("SPACE", path).split(), "--dry-run", "--json"]) == 0
+    sent = json.loads(capfd.readouterr().out)
+    assert sent["entrypoint"] == f"python -m raysched {entrypoint.replace('SPACE', path)}"
+    if "SPACE" in line:
+        assert {path, "configs/run.yaml"} <= sent["files"].keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "verify-resume configs/run.yaml --kills none",
+            "'--kills': Input should be",
+        ),
+        ("tune tune_spaces/space.yaml --resum", "did you mean --resume?"),
+        ("pick --top 2", "Missing argument 'SWEEP'"),
+    ],
+)
+def test_a_mistake_in_a_commands_options_is_told_before_anything_is_sent(
+    project, capfd, line, message
+):
+    assert main(["submit", *line.split(), "--dry-run"]) == 2
+    assert message in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("name", [".env", "key.pem", "credentials", "model.safetensors"])
 def test_secrets_and_checkpoints_are_not_sent_even_if_named(project, name):
     with pytest.raises(ConfigError, match="is not sent"):
@@ -105,6 +144,13 @@ def test_a_folder_that_is_included_goes_without_its_hidden_and_secret_files(proj
     (project / "extra" / "link.csv").symlink_to(project / ".env")
     found = collect([], ["extra"], source=project)
     assert set(found.files) == {"extra/labels.csv"}
+
+
+def test_a_password_in_an_included_folder_is_refused(project):
+    (project / "extra").mkdir()
+    (project / "extra" / "store.toml").write_text(f"uri = 'http://user:{SECRET}@host'\n")
+    with pytest.raises(ConfigError, match=r"extra/store\.toml: holds a URL with a password"):
+        collect([], ["extra"], source=project)
 
 
 def test_files_from_elsewhere_keep_their_places_and_stay_inside(project, monkeypatch):
@@ -221,6 +267,46 @@ def test_logs_come_whole_and_once_over_lost_connections(capsys):
     assert job["status"] == "SUCCEEDED"
     assert out.getvalue() == "one\ntwo\nthree\n"
     assert "the job goes on, trying again" in capsys.readouterr().err
+
+
+class Headless(BaseHTTPRequestHandler):
+    """Ray's job server where the node of the job's driver can't be asked: logs are a 500."""
+
+    looks = 0
+    failures = 3
+
+    def do_GET(self) -> None:
+        kind = type(self)
+        kind.looks += 1
+        is_log = self.path.endswith("/logs")
+        is_lost = is_log and kind.looks < kind.failures
+        status = "SUCCEEDED" if kind.looks >= 5 else "RUNNING"
+        answer = {"logs": "one\n"} if is_log else {"status": status}
+        data = b"Traceback\nConnectionError: no agent" if is_lost else json.dumps(answer).encode()
+        self.send_response(500 if is_lost else 200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is logged."""
+
+
+@pytest.mark.parametrize(("failures", "shown"), [(3, "one\n"), (10**6, "")])
+def test_a_job_whose_logs_can_not_be_had_is_followed_to_its_end(capsys, failures, shown):
+    Headless.looks, Headless.failures = 0, failures
+    server = HTTPServer(("127.0.0.1", 0), Headless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    out = io.StringIO()
+    job_server = JobServer(f"http://127.0.0.1:{server.server_port}")
+    job = follow(job_server, "x", LogPrinter(out), patience_s=0.5, sleep=lambda _: None)
+    server.shutdown()
+    server.server_close()
+    assert job["status"] == "SUCCEEDED"
+    assert out.getvalue() == shown
+    told = capsys.readouterr().err
+    assert "answers 500: ConnectionError: no agent" in told
+    assert ("last lines are lost" in told) == (shown == "")
 
 
 class Endless(BaseHTTPRequestHandler):
