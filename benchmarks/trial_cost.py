@@ -1,8 +1,8 @@
 """What a trial costs beside its training: in a process that is taken over, and with a trainer.
 
-Two small sweeps on the digits, two trials at a time: `scaling.num_workers: 0` trains in the
-trial's own process, `1` in a Ray Train worker that each trial starts. Both are measured by the
-sweep itself (`result.json`, `fixed_cost`), from a trial's proposal to the entry of its end, less
+Two small sweeps on the digits, two trials at a time unless told otherwise: `scaling.num_workers: 0`
+trains in the trial's own process, `1` in a Ray Train worker that each trial starts. Both are
+measured by the sweep itself (`result.json`, `fixed_cost`), from a trial's proposal to the entry of its end, less
 training, evaluation and checkpoints. Aims: 4 s in processes that are warm, 12 s with a trainer.
 
   new_process   seconds, trials whose process had to be started
@@ -26,13 +26,13 @@ SPACE = Path(__file__).parents[1] / "tune_spaces" / "digits_rollout.yaml"
 AIMS = {0: 4.0, 1: 12.0}
 
 
-def measure(num_workers: int, *, trials: int, budget: float, folder: Path) -> dict[str, Any]:
+def measure(num_workers: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One sweep's fixed cost per trial."""
     settings = (
-        f"budget_forward_equivalents={budget:g}",
-        f"search.num_samples={trials}",
+        f"budget_forward_equivalents={options.budget:g}",
+        f"search.num_samples={options.trials}",
         "search.algorithm=random",
-        "search.max_concurrent=2",
+        f"search.max_concurrent={options.max_concurrent}",
         "early_stopping.kind=none",
         "evaluation.num_samples=50",
         "evaluation.final_num_samples=100",
@@ -45,6 +45,7 @@ def measure(num_workers: int, *, trials: int, budget: float, folder: Path) -> di
     cost = json.loads(done.stdout)["fixed_cost"]
     return {
         "num_workers": num_workers,
+        "at_once": options.max_concurrent,
         "new_process": round(cost["new_process_s"], 2),
         "later": round(cost["later_s"], 2),
         "later_trials": cost["num_later"],
@@ -59,14 +60,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=7)
     parser.add_argument("--budget", type=float, default=5760)
+    parser.add_argument("--max-concurrent", type=int, default=2, help="trials at a time")
     parser.add_argument("--num-workers", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        rows = [
-            measure(n, trials=options.trials, budget=options.budget, folder=Path(scratch) / f"{n}")
-            for n in options.num_workers
-        ]
+        rows = [measure(n, options, Path(scratch) / f"{n}") for n in options.num_workers]
     if options.json:
         print(json.dumps({"rows": rows}))
         return
