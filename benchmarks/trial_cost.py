@@ -2,9 +2,9 @@
 
 Two small sweeps on the digits, two trials at a time unless told otherwise. With
 `scaling.num_workers: 0` a trial trains in its own process, with `1` in a Ray Train worker that it
-starts. Both are measured by the sweep itself (`result.json`, `fixed_cost`), from a trial's proposal
-to the entry of its end, less training, evaluation and checkpoints. Aims: 4 s in processes that are
-warm, 12 s with a trainer.
+starts. Both are measured by the sweep itself (`result.json`, `fixed_cost`), from a trial's
+proposal to the entry of its end, less training, evaluation and checkpoints. Aims: 4 s in processes
+that are warm, 12 s with a trainer.
 
   new_process   seconds, trials whose process had to be started
   later         seconds, trials that took one over
