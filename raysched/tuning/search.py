@@ -119,6 +119,8 @@ def search(
     node after that is run by another round.
     """
     objectives = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
+    # A driver that was killed may have journaled an end without its objectives.
+    measure_trials(journal, objectives)
     for _ in range(MAX_ROUNDS):
         if not remaining_trials(loaded, journal) or hopeless(journal, objectives) is not None:
             return False

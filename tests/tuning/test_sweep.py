@@ -151,6 +151,35 @@ def start_driver(folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.ray
+def test_candidates_that_end_before_the_baseline_wait_for_it_to_know_their_gain(
+    tmp_path, ray_session
+):
+    loaded = load(
+        tmp_path,
+        search={"num_samples": 2, "max_concurrent": 2},
+        objective={"name": "gain_over_baseline"},
+        early_stopping={"kind": "none"},
+    )
+    journal = tmp_path / "sweep" / "trials.jsonl"
+    trained = synthetic_train(tmp_path / "log", quality="0.1 * K if K else 0.9")
+
+    def train(config, **more):
+        deadline = time.monotonic() + 60
+        while config.exposure == "none" and '"finished"' not in journal.read_text():
+            assert time.monotonic() < deadline, "no candidate ended beside the baseline"
+            time.sleep(0.02)
+        return trained(config, **more)
+
+    result, _ = run(loaded, train)
+    assert (result.status, result.error) == ("finished", None)
+    gains = {t.number: t.objectives["gain_over_baseline"] for t in result.trials}
+    expected = {t.number: 0.9 - 0.1 * t.assignments.get(OFFSET, 9) for t in result.trials}
+    assert gains == pytest.approx(expected)
+    ends = [e["number"] for e in read_events(journal) if e["event"] == "ended"]
+    assert ends[0] != 0
+
+
 def half_way(folder: Path) -> bool:
     """The baseline is done, and a candidate waits before its third evaluation."""
     events = read_events(folder / "sweep" / "trials.jsonl")
