@@ -19,7 +19,10 @@ NAMES = [p.name for p in CONFIGS]
 
 def test_the_shipped_files_are_found():
     assert {"digits_flow.yaml", "fashion_mnist_flow.yaml", "minimal.json"} <= set(NAMES)
-    questions = ("rollout", "schedule", "samplers", "reflexflow", "methods", "everything")
+    questions = (
+        *("rollout", "schedule", "samplers", "reflexflow"),
+        *("methods", "everything", "finetune"),
+    )
     shipped = {f"{data}_{q}.yaml" for data in ("digits", "fashion_mnist") for q in questions}
     assert shipped <= {p.name for p in SPACES}
 
