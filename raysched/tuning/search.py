@@ -175,7 +175,7 @@ def _search_round(
             requeue=searcher.requeue,
             check=functools.partial(_give_up, journal, objectives, stopper),
         )
-        scheduler = _scheduler(loaded, journal, plan)
+        scheduler = make_scheduler(loaded, journal, plan, objectives)
         with stop_on_signals(stopper):
             _tune(loaded, plan, searcher, scheduler, monitor, stopper, num_trials, concurrent)
     return stopper.stopping
@@ -232,11 +232,13 @@ def _tune(
         shutil.rmtree(plan.folder / name, ignore_errors=True)
 
 
-def _scheduler(loaded: LoadedSweep, journal: Journal, plan: TrialPlan) -> Any:
+def make_scheduler(
+    loaded: LoadedSweep, journal: Journal, plan: TrialPlan, objectives: Objectives
+) -> Any:
+    """Early stopping by what the sweep asks for, with what the journal knows already."""
     from ray.tune.schedulers import FIFOScheduler
 
-    from raysched.tuning.objectives import sweep_objectives
-    from raysched.tuning.scheduler import ComputeHalving, Losses, last_quality
+    from raysched.tuning.scheduler import ComputeHalving
 
     early = loaded.sweep.early_stopping
     if early.kind == "none":
@@ -246,11 +248,13 @@ def _scheduler(loaded: LoadedSweep, journal: Journal, plan: TrialPlan) -> Any:
         journal.append("pruning", number, reason=reason)
         request_stop(Path(run_dir), "pruned", reason)
 
-    losses: Losses = last_quality
-    if loaded.sweep.objective.several:
-        asked = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
-        losses = asked.losses_at
-    scheduler = ComputeHalving(early, budget=plan.budget, prune=prune, losses=losses)
+    scheduler = ComputeHalving(
+        early,
+        budget=plan.budget,
+        prune=prune,
+        losses=objectives.losses_at,
+        by="" if objectives.ranks_by_q else objectives.names[0],
+    )
     scheduler.replay(journal.ordered())
     return scheduler
 

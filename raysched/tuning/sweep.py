@@ -159,10 +159,11 @@ def _conclude(
         num_seeds=seeds,
         metric=metric_name(config),
         rolls_out=lambda record: rolls_out(plan.config(record.as_trial(), plan.seeds[0])),
+        objectives=objectives,
     )
     # What can't be told from teacher forcing doesn't beat it, whatever the order of the q values.
     pays = verdict.answer in ("rollouts_pay", "other_method_pays")
-    winner = (best(candidates) if pays else None) or baseline
+    winner = (best(candidates, objectives) if pays else None) or baseline
     files = {**result.files, **_winner_files(plan, winner)}
     return dataclasses.replace(
         result,
