@@ -2,11 +2,12 @@
 
 A sweep is trained once without early stopping, evaluated at every possible rung. Over its recorded
 curves every setting of ASHA is replayed by the rule that real sweeps use, two trials at a time,
-counting the compute that they would have got. Baseline excluded on both sides: it is never pruned.
+counting the compute that they would have got.
 
-  share      FE of the replayed sweep over those of the full one
-  same       it ends with the full sweep's best candidate
-  tied       or with one whose paired interval to that best holds zero
+  share                FE of the replayed sweep's candidates over those of the full one's
+  share_with_baseline  the same with the baseline, which is never pruned, in both sums
+  same                 it ends with the full sweep's best candidate
+  tied                 or with one whose paired interval to that best holds zero
 
     python benchmarks/asha_on_fe.py --json                 # trains 20 trials on the digits first
     python benchmarks/asha_on_fe.py --sweep FOLDER --json  # replays a sweep that is there
@@ -68,9 +69,11 @@ def tied(folder: Path, best: TrialRecord, found: TrialRecord) -> bool:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """A row per setting of ASHA."""
-    candidates = [t for t in read_trials(folder) if not t.baseline and t.curve]
+    trials = [t for t in read_trials(folder) if t.curve]
+    candidates = [t for t in trials if not t.baseline]
     budget = max(t.curve[-1].forward_equivalents for t in candidates) * 0.99
     full = sum(t.curve[-1].forward_equivalents for t in candidates)
+    forced = sum(t.curve[-1].forward_equivalents for t in trials if t.baseline)
 
     def quality(trial: TrialRecord) -> float:
         return trial.q if trial.q is not None else float("inf")
@@ -81,13 +84,14 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         curves = {t.number: [(p.forward_equivalents, (p.q,)) for p in t.curve] for t in candidates}
         spent, survivors = replay(curves, early, budget, concurrent=2)
         chosen = min((t for t in candidates if t.number in survivors), key=quality)
-        same = chosen is best
+        same, left = chosen is best, sum(spent.values())
         found.append(
             {
                 "grace": round(grace, 4),
                 "factor": factor,
                 "trials": len(candidates),
-                "share": round(sum(spent.values()) / full, 4),
+                "share": round(left / full, 4),
+                "share_with_baseline": round((left + forced) / (full + forced), 4),
                 "same": same,
                 "tied": same or tied(folder, best, chosen),
                 "winner": chosen.number,

@@ -52,6 +52,8 @@ def write_report(result: SweepResult, config: RunConfig) -> dict[str, str]:
 
 def with_samples(result: SweepResult) -> list[TrialRecord]:
     """The baseline and the best candidate that reached the budget, where they have samples."""
-    candidate = best([trial for trial in result.trials if not trial.baseline])
+    others = [trial for trial in result.trials if not trial.baseline]
+    number = result.verdict.candidate if result.verdict else None
+    candidate = next((t for t in others if t.number == number), None) or best(others)
     trials = [trial for trial in (result.baseline, candidate) if trial is not None]
     return [t for t in trials if (run_folders(t)[0] / "final_samples.safetensors").is_file()]

@@ -3,7 +3,7 @@
 `init_from` names a run's folder (its newest whole checkpoint), a checkpoint or a saved pipeline;
 `init_weights` which of its weights. Only safetensors are read. The compute that the base has spent
 is not counted. The digest of the weights stands in the run's `init.json`: a resumed run whose base
-has changed since is refused.
+has changed since is refused. A sweep names one checkpoint there, for all of its trials.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from raysched.config.run import RunConfig
+from raysched.data.dataset import load_dataset
 from raysched.errors import ConfigError, StorageError
 from raysched.models.checkpoint_files import read_verified_group
 from raysched.models.ema import NUM_SAMPLES_KEY
 from raysched.models.export import load_network
+from raysched.models.networks import build_network
 from raysched.models.weights import weights_sha256
 from raysched.training.checkpoint import checkpoint_folders
 from raysched.training.files import storage_errors, write_json
@@ -40,6 +42,37 @@ def initialise(network: nn.Module, config: RunConfig) -> None:
     weights = base_weights(Path(config.init_from), config.init_weights)
     _check_shapes(network.state_dict(), weights, config.init_from)
     network.load_state_dict(weights)
+
+
+def shared_base(config: RunConfig, folder: Path) -> RunConfig:
+    """A sweep's base run with `init_from` as the one checkpoint that all its trials begin with.
+
+    A base that is still training would give later trials other weights than the first ones. That
+    the weights fit is checked here, before anything is started.
+
+    Args:
+        config: the base run, its paths absolute.
+        folder: the sweep's; its `init.json` names what an earlier session began with.
+
+    Raises:
+        ConfigError: nothing that can be begun with lies there, or another network.
+        StorageError: it is damaged.
+    """
+    if config.init_from is None:
+        return config
+    pinned, source = folder / INIT_FILE, config.init_from
+    if pinned.is_file():
+        source = json.loads(pinned.read_text(encoding="utf-8"))["init_from"]
+        if not Path(source).is_dir():
+            raise ConfigError(
+                f"init_from: {source}: is gone, and the trials in {folder} began with it: bring "
+                "it back, or begin a new sweep"
+            )
+    place, weights = _read_base(Path(source), config.init_weights)
+    data = load_dataset(config.data)
+    network = build_network(config.model, data.channels, data.image_size, data.num_classes)
+    _check_shapes(network.state_dict(), weights, source)
+    return config.model_copy(update={"init_from": str(place)})
 
 
 def pin_base(config: RunConfig, run_dir: Path, *, write: bool) -> None:
@@ -84,14 +117,20 @@ def base_weights(path: Path, kind: str) -> dict[str, Tensor]:
         ConfigError: the path holds none of them, or a pipeline is asked for online weights.
         StorageError: they are damaged.
     """
+    return _read_base(path, kind)[1]
+
+
+def _read_base(path: Path, kind: str) -> tuple[Path, dict[str, Tensor]]:
+    """The pipeline or checkpoint that a path stands for, and its weights."""
     if (path / "model_index.json").is_file():
         if kind != "ema":
             raise ConfigError(f"init_from: {path}: a pipeline has ema weights only, got {kind}")
-        return dict(load_network(path).state_dict())
+        return path, dict(load_network(path).state_dict())
     folders = [path] if (path / "manifest.json").is_file() else checkpoint_folders(path)
     if not folders:
         raise ConfigError(
-            f"init_from: {path}: holds no run with a checkpoint, no checkpoint and no pipeline"
+            f"init_from: {path}: holds no run with a checkpoint, no checkpoint and no pipeline: "
+            "name the folder of one, as in init_from=runs/NAME"
         )
     problems = []
     for folder in reversed(folders):
@@ -101,7 +140,7 @@ def base_weights(path: Path, kind: str) -> dict[str, Tensor]:
             problems.append(str(error))
             continue
         weights.pop(NUM_SAMPLES_KEY, None)
-        return weights
+        return folder, weights
     raise StorageError(f"init_from: no checkpoint can be read: {'; '.join(problems)}")
 
 

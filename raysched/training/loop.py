@@ -113,7 +113,8 @@ def train_loop(
             status = loop.until_end()
         return loop.finish(status, None)
     except RunFailedError as failure:
-        return loop.finish("failed", str(failure))
+        # Inside the loop only numbers that are not finite raise it.
+        return loop.finish("failed", str(failure), diverged=True)
     except UserError:
         # Whoever goes on in this process must find the newest checkpoint, and no writer at work.
         loop.keeper.on_disk(failed=True)
@@ -205,7 +206,7 @@ class Loop:
         pending = [asdict(moment) for moment in self.evaluations.pending]
         self.keeper.save({**vars(self.progress), "seconds": self.seconds, "pending": pending})
 
-    def finish(self, status: RunStatus, error: str | None) -> RunResult:
+    def finish(self, status: RunStatus, error: str | None, *, diverged: bool = False) -> RunResult:
         """Write what a finished run leaves behind, close the tracker, and sum up."""
         self.keeper.on_disk(failed=status == "failed")
         self.evaluations.close(finished=status == "finished")
@@ -221,6 +222,7 @@ class Loop:
             },
             weights_sha256=weights_sha256(whole_weights(self.run)),
             error=error,
+            diverged=diverged,
         )
         if self.is_main:
             write_json(self.run_dir / RESULT_FILE, result.as_json())

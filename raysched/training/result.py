@@ -25,6 +25,7 @@ class RunResult:
         compute: forward equivalents (rollout and training), their parts, seconds, memory, disk.
         weights_sha256: digest of the online weights.
         error: why the run failed, in one line.
+        diverged: it failed because its numbers stopped being finite.
         notes: what else the user should know, e.g. what could not be uploaded.
     """
 
@@ -34,6 +35,7 @@ class RunResult:
     compute: dict[str, float] = field(default_factory=dict)
     weights_sha256: str = ""
     error: str | None = None
+    diverged: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -118,6 +118,11 @@ class Objectives:
         """Whether this is a Pareto search."""
         return len(self.each) > 1
 
+    @property
+    def ranks_by_q(self) -> bool:
+        """Whether the better of two trials is always the one of lower q at the budget."""
+        return self.names in (("quality_at_budget",), ("gain_over_baseline",))
+
     def measured(
         self, record: TrialRecord, baseline: TrialRecord | None = None
     ) -> dict[str, Measured]:

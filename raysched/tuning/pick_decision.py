@@ -100,6 +100,7 @@ def decide_pick(candidates: Sequence[Candidate], *, num_seeds: int, metric: str)
         num_seeds=num_seeds,
         num_compared=len(candidates),
         indicative=num_seeds < ENOUGH_SEEDS,
+        candidate=shown.record.number,
     )
     reasons = [
         f"{c.title} {c.standing(metric)}; p = {p_values[c.record.number]:.2g}" for c in candidates

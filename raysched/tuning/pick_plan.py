@@ -7,7 +7,6 @@ name and the budget are the pick's.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,9 +20,10 @@ from raysched.config.sweep import EarlyStoppingConfig, SearchConfig, SweepConfig
 from raysched.errors import StorageError
 from raysched.tuning.folder import BASE_FILE, SWEEP_FILE
 from raysched.tuning.journal import JOURNAL_FILE, apply_event, read_events
+from raysched.tuning.objectives import Objectives, sweep_objectives
 from raysched.tuning.records import TrialRecord, the_baseline
 from raysched.tuning.trial import rolls_out
-from raysched.tuning.verdict import eligible
+from raysched.tuning.verdict import eligible, ranked
 
 PICK_FOLDER = "pick"
 # Candidates and fresh seeds where nobody asks for others: of fewer seeds there is but a hint.
@@ -91,9 +91,11 @@ def plan_pick(folder: Path, *, top: int | None, num_seeds: int | None) -> PickPl
         )
     configs = {r.number: _trained_with(folder, r) for r in (baseline, *candidates)}
     families = {n: config.exposure == ROLLOUTS for n, config in configs.items()}
-    chosen = (baseline, *choose(candidates, families, top))
-    seeds = fresh_seeds(sweep.seeds, num_seeds)
     budget = next(c.training.budget.forward_equivalents for c in configs.values())
+    assert budget is not None, "a trial's budget is in forward equivalents"
+    asked = sweep_objectives(sweep.objective, base.config, budget)
+    chosen = (baseline, *choose(candidates, families, top, asked))
+    seeds = fresh_seeds(sweep.seeds, num_seeds)
     update = {
         "seeds": seeds,
         "budget_forward_equivalents": budget,
@@ -115,9 +117,12 @@ def plan_pick(folder: Path, *, top: int | None, num_seeds: int | None) -> PickPl
 
 
 def choose(
-    candidates: Sequence[TrialRecord], rollouts: Mapping[int, bool], top: int
+    candidates: Sequence[TrialRecord],
+    rollouts: Mapping[int, bool],
+    top: int,
+    objectives: Objectives | None = None,
 ) -> list[TrialRecord]:
-    """The best few by q, with the best of either kind among them where there is room.
+    """The best few, with the best of either kind among them where there is room.
 
     Whether rollouts pay, and which cheaper method does, can only be said of what is compared.
 
@@ -125,11 +130,12 @@ def choose(
         candidates: trials that reached the budget.
         rollouts: by number, whether it trains with rollouts.
         top: how many; the first ones where there are fewer.
+        objectives: what the sweep searched for; default: q.
     """
-    ranked = sorted(candidates, key=lambda r: (r.q if r.q is not None else math.inf, r.number))
-    chosen = ranked[:top]
+    best_first = ranked(candidates, objectives)
+    chosen = best_first[:top]
     for kind in (True, False):
-        of_kind = [r for r in ranked if rollouts[r.number] == kind]
+        of_kind = [r for r in best_first if rollouts[r.number] == kind]
         if top > 1 and of_kind and of_kind[0] not in chosen:
             chosen[-1] = of_kind[0]
     return chosen

@@ -192,6 +192,7 @@ class Verdict:
         num_seeds: training seeds per trial.
         num_compared: candidates that reached the budget.
         indicative: the seeds don't carry more than a hint.
+        candidate: number of the best candidate, which the difference is about.
     """
 
     text: str
@@ -203,6 +204,7 @@ class Verdict:
     num_seeds: int = 1
     num_compared: int = 0
     indicative: bool = True
+    candidate: int | None = None
 
 
 @dataclass(frozen=True)

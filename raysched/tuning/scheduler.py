@@ -22,7 +22,7 @@ Losses = Callable[[Sequence[Point]], tuple[float, ...] | None]
 
 
 def last_quality(curve: Sequence[Point]) -> tuple[float, ...]:
-    """q at the last evaluation: what one objective is pruned by."""
+    """q at the last evaluation."""
     return (curve[-1].q,)
 
 
@@ -39,6 +39,7 @@ class ComputeHalving(FIFOScheduler):  # type: ignore[misc]
         losses: what trials are compared by; several need `mo_asha`.
         interval: forward equivalents between the marks of evaluations, which come up to a step
             late; None: they are not late.
+        by: the name of that, where it is not q.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class ComputeHalving(FIFOScheduler):  # type: ignore[misc]
         prune: Callable[[int, str, str], None],
         losses: Losses = last_quality,
         interval: float | None = None,
+        by: str = "",
     ) -> None:
         super().__init__()
         self._config = config
         self._budget = budget
         self._prune = prune
         self._losses = losses
+        self._by = f" by {by}" if by else ""
         self._rule = make_rule(config, budget, interval=interval)
         self._curves: dict[int, list[Point]] = {}
         self._pruned: set[int] = set()
@@ -112,8 +115,9 @@ class ComputeHalving(FIFOScheduler):  # type: ignore[misc]
         share = round(100 * point.forward_equivalents / self._budget)
         factor = f"{self._config.reduction_factor:g}"
         if self._config.kind == "median":
-            return f"at {share} % of the budget: worse than the median, q {point.q:.4g}"
+            return f"at {share} % of the budget: worse than the median{self._by}, q {point.q:.4g}"
         if self._config.kind == "mo_asha":
             place = f"not in the best 1/{factor} by non-dominated rank"
             return f"rung at {share} % of the budget: {place}, q {point.q:.4g}"
-        return f"rung at {share} % of the budget: q {point.q:.4g} was not in the best 1/{factor}"
+        best = f"was not in the best 1/{factor}{self._by}"
+        return f"rung at {share} % of the budget: q {point.q:.4g} {best}"

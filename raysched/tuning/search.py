@@ -167,6 +167,8 @@ def search(
     node after that is run by another round.
     """
     objectives = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
+    # A driver that was killed may have journaled an end without its objectives.
+    measure_trials(journal, objectives)
     for number in range(MAX_ROUNDS):
         if not remaining_trials(loaded, journal) or hopeless(journal, objectives) is not None:
             return False
@@ -223,7 +225,7 @@ def _search_round(
             look=RoomWatch(loaded.base.config.scaling, say).look,
             check=functools.partial(_give_up, journal, objectives, stopper),
         )
-        scheduler = _scheduler(loaded, journal, plan)
+        scheduler = make_scheduler(loaded, journal, plan, objectives)
         with stop_on_signals(stopper):
             _tune(loaded, plan, searcher, scheduler, monitor, stopper, num_trials, concurrent)
     return stopper.stopping
@@ -280,10 +282,13 @@ def _tune(
         shutil.rmtree(plan.folder / name, ignore_errors=True)
 
 
-def _scheduler(loaded: LoadedSweep, journal: Journal, plan: TrialPlan) -> Any:
+def make_scheduler(
+    loaded: LoadedSweep, journal: Journal, plan: TrialPlan, objectives: Objectives
+) -> Any:
+    """Early stopping by what the sweep asks for, with what the journal knows already."""
     from ray.tune.schedulers import FIFOScheduler
 
-    from raysched.tuning.scheduler import ComputeHalving, Losses, last_quality
+    from raysched.tuning.scheduler import ComputeHalving
 
     early = loaded.sweep.early_stopping
     if early.kind == "none":
@@ -293,10 +298,13 @@ def _scheduler(loaded: LoadedSweep, journal: Journal, plan: TrialPlan) -> Any:
         journal.append("pruning", number, reason=reason)
         request_stop(Path(run_dir), "pruned", reason)
 
-    asked = sweep_objectives(loaded.sweep.objective, loaded.base.config, plan.budget)
-    losses: Losses = asked.losses_at if asked.several else last_quality
     scheduler = ComputeHalving(
-        early, budget=plan.budget, prune=prune, losses=losses, interval=asked.terms.interval
+        early,
+        budget=plan.budget,
+        prune=prune,
+        losses=objectives.losses_at,
+        by="" if objectives.ranks_by_q else objectives.names[0],
+        interval=objectives.terms.interval,
     )
     scheduler.replay(journal.ordered())
     return scheduler

@@ -21,6 +21,7 @@ from raysched.config.space import LoadedSweep
 from raysched.training.events import LOG_FILE
 from raysched.training.fetch import check_storage
 from raysched.training.files import storage_errors, write_json
+from raysched.training.initial import pin_base, shared_base
 from raysched.tuning.compare import compare_with_baseline, metric_name
 from raysched.tuning.fixed_cost import fixed_cost
 from raysched.tuning.folder import open_sweep_folder, sweep_folder
@@ -78,18 +79,21 @@ def run_sweep(
 
     Raises:
         StorageError: the folder can't be used as asked.
-        ConfigError: a resumed sweep was asked something else, or trials don't fit the cluster.
+        ConfigError: a resumed sweep was asked something else, trials don't fit the cluster, or
+            can't begin with the weights of `init_from`.
     """
     sweep, base = loaded.sweep, loaded.base.config
     check_storage(anchored(base, Path.cwd()))
     folder = sweep_folder(sweep, resume=resume)
+    start = shared_base(anchored(base, Path.cwd()), folder)
     with open_sweep_folder(folder, sweep, base), contextlib.ExitStack() as at_end:
         journal = Journal(folder)
         store = open_store(loaded, folder, budget=loaded.budget)
         if store is not None:
             at_end.callback(store.close)
+        pin_base(start, folder, write=True)
         plan = TrialPlan(
-            raw=loaded.base.raw,
+            raw={**loaded.base.raw, "init_from": start.init_from},
             folder=folder,
             budget=loaded.budget,
             seeds=sweep.seeds,
@@ -155,10 +159,11 @@ def _conclude(
         num_seeds=len(plan.seeds),
         metric=metric_name(config),
         rolls_out=lambda record: rolls_out(plan.config(record.as_trial(), plan.seeds[0])),
+        objectives=objectives,
     )
     # What can't be told from teacher forcing doesn't beat it, whatever the order of the q values.
     pays = verdict.answer in ("rollouts_pay", "other_method_pays")
-    winner = (best(candidates) if pays else None) or baseline
+    winner = (best(candidates, objectives) if pays else None) or baseline
     files = {**result.files, **_winner_files(plan, winner)}
     return dataclasses.replace(
         result,

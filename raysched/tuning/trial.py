@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +46,6 @@ OUTPUT_FILE = "output.txt"
 _processes: set[int] = set()
 # In a trial's folder: the traceback that ended it.
 ERROR_FILE = "error.txt"
-NOT_FINITE = re.compile(r"\b(nan|inf|not finite)\b", re.IGNORECASE)
 
 
 class Train(Protocol):
@@ -303,8 +301,7 @@ def _diverged(results: Sequence[RunResult]) -> bool:
     last = results[-1] if results else None
     if last is None:
         return False
-    odd = any(not math.isfinite(value) for value in last.metrics.values())
-    return odd or NOT_FINITE.search(last.error or "") is not None
+    return last.diverged or any(not math.isfinite(value) for value in last.metrics.values())
 
 
 def train_run(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from raysched.evaluation.few_seeds import quantile, two_sided_p
 from raysched.tuning.display import settings_text
+from raysched.tuning.objectives import Objectives
+from raysched.tuning.pareto import ranks
 from raysched.tuning.records import Answer, TrialRecord, Verdict
 
 
@@ -61,10 +63,36 @@ def eligible(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     return [t for t in trials if t.status == "finished" and t.q is not None and math.isfinite(t.q)]
 
 
-def best(trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The eligible trial of lowest q; the baseline wins a tie."""
-    key = {t.number: (t.q if t.q is not None else math.inf, not t.baseline) for t in trials}
-    return min(eligible(trials), key=lambda trial: key[trial.number], default=None)
+def ranked(
+    trials: Sequence[TrialRecord], objectives: Objectives | None = None
+) -> list[TrialRecord]:
+    """The eligible trials, best first: by their loss, then by q; the baseline wins a tie.
+
+    Of several objectives those on the front come first, then those on the front of the rest.
+
+    Args:
+        trials: of a sweep.
+        objectives: what it searched for; default: q.
+    """
+    able = eligible(trials)
+    q = {t.number: math.inf if t.q is None else t.q for t in able}
+    place = _places(able, objectives) if objectives else {}
+    last = len(able)
+    return sorted(able, key=lambda t: (place.get(t.number, last), q[t.number], not t.baseline))
+
+
+def _places(trials: Sequence[TrialRecord], objectives: Objectives) -> dict[int, int]:
+    """Rank by number, 0 for the best, of the trials whose losses are all finite numbers."""
+    losses = {trial.number: objectives.losses(trial) for trial in trials}
+    known = {n: row for n, row in losses.items() if row and all(map(math.isfinite, row))}
+    return dict(zip(known, ranks(list(known.values())), strict=True))
+
+
+def best(
+    trials: Sequence[TrialRecord], objectives: Objectives | None = None
+) -> TrialRecord | None:
+    """The first of the ranked trials."""
+    return next(iter(ranked(trials, objectives)), None)
 
 
 def decide(
@@ -74,8 +102,9 @@ def decide(
     num_seeds: int,
     metric: str,
     rolls_out: Callable[[TrialRecord], bool] = lambda _: True,
+    objectives: Objectives | None = None,
 ) -> Verdict:
-    """Say whether rollouts pay.
+    """Say whether rollouts pay: whether the best candidate beats the baseline in q.
 
     Args:
         trials: all trials of the sweep.
@@ -83,42 +112,50 @@ def decide(
         num_seeds: training seeds per trial.
         metric: the quality's name, for the text.
         rolls_out: whether a candidate trains with rollouts, rather than by another method.
+        objectives: what the candidates are ranked by; default: q.
 
     Returns:
         The verdict. The seeds are those that the winner was chosen on, so it is indicative.
     """
     hint = _hint(num_seeds)
     by_number = {comparison.number: comparison for comparison in comparisons}
-    candidate = best([t for t in trials if t.number in by_number and not t.baseline])
-    if candidate is None:
+    able = [t for t in trials if t.number in by_number and not t.baseline]
+    candidate, lowest = best(able, objectives), best(able)
+    if candidate is None or lowest is None:
         return Verdict(
             "no clear winner: no candidate reached the budget, so nothing can be said about "
             f"rollouts at equal compute {hint}",
             "no_clear_winner",
             num_seeds=num_seeds,
         )
+    p_values = holm({c.number: c.p_value for c in comparisons})
+    answer = _answer(
+        by_number[candidate.number], p_values[candidate.number], by_number[lowest.number]
+    )
+    if answer == "rollouts_do_not_pay":
+        candidate = lowest  # even that one is worse
     comparison = by_number[candidate.number]
-    p_value = holm({c.number: c.p_value for c in comparisons})[candidate.number]
-    answer = _answer(comparison, p_value)
-    text = _text(answer, candidate, comparison, metric)
+    by = "" if candidate is lowest or objectives is None else " and ".join(objectives.names)
+    text = _text(answer, candidate, comparison, metric, by)
     return Verdict(
         text=f"{text} {hint}{_corrected(comparisons)}",
         answer="other_method_pays" if _other(answer, candidate, rolls_out) else answer,
         difference=comparison.difference,
         low=comparison.low,
         high=comparison.high,
-        p_value=p_value,
+        p_value=p_values[candidate.number],
         num_seeds=num_seeds,
         num_compared=len(comparisons),
+        candidate=candidate.number,
     )
 
 
-def _answer(comparison: Comparison, p_value: float) -> Answer:
+def _answer(comparison: Comparison, p_value: float, lowest: Comparison) -> Answer:
     level = 1 - comparison.confidence
     if comparison.difference > 0 and comparison.low > 0 and p_value < level:
         return "rollouts_pay"
-    # Here even the best of all is worse: that claim needs no correction for their number.
-    if comparison.difference < 0 and comparison.high < 0:
+    # Here even that of lowest q is worse: that claim needs no correction for their number.
+    if lowest.difference < 0 and lowest.high < 0:
         return "rollouts_do_not_pay"
     return "no_clear_winner"
 
@@ -127,8 +164,11 @@ def _other(answer: Answer, winner: TrialRecord, rolls_out: Callable[[TrialRecord
     return answer == "rollouts_pay" and not rolls_out(winner)
 
 
-def _text(answer: Answer, candidate: TrialRecord, comparison: Comparison, metric: str) -> str:
-    name = f"trial {candidate.name} ({settings_text(candidate)})"
+def _text(
+    answer: Answer, candidate: TrialRecord, comparison: Comparison, metric: str, by: str
+) -> str:
+    """The answer in words; `by` names the objectives where another candidate has the lowest q."""
+    name = f"trial {candidate.name} ({settings_text(candidate)}{by and f'; best by {by}'})"
     low, high = comparison.low, comparison.high
     if answer == "rollouts_pay":
         return (
@@ -149,11 +189,14 @@ def _text(answer: Answer, candidate: TrialRecord, comparison: Comparison, metric
         )
     side = "better" if comparison.difference >= 0 else "worse"
     shown = (low, high) if comparison.difference >= 0 else (-high, -low)
-    return (
+    found = (
         f"no clear winner: the best candidate, {name}, is {side} than teacher forcing by "
         f"{abs(comparison.difference):.4g} in {metric} [{shown[0]:.4g}, {shown[1]:.4g}] at equal "
-        "compute, which is not enough to tell them apart"
+        "compute"
     )
+    if comparison.high < 0:
+        return f"{found}, while another candidate has a lower q"
+    return f"{found}, which is not enough to tell them apart"
 
 
 def _hint(num_seeds: int) -> str:

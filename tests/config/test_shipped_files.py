@@ -19,7 +19,10 @@ NAMES = [p.name for p in CONFIGS]
 
 def test_the_shipped_files_are_found():
     assert {"digits_flow.yaml", "fashion_mnist_flow.yaml", "minimal.json"} <= set(NAMES)
-    questions = ("rollout", "schedule", "samplers", "reflexflow", "methods", "everything")
+    questions = (
+        *("rollout", "schedule", "samplers", "reflexflow"),
+        *("methods", "everything", "finetune"),
+    )
     shipped = {f"{data}_{q}.yaml" for data in ("digits", "fashion_mnist") for q in questions}
     assert shipped <= {p.name for p in SPACES}
 
@@ -58,6 +61,21 @@ def test_a_shipped_space_loads_without_warnings_and_each_point_is_a_run(path):
     for point in loaded.sweep.search.points:
         assert set(point) <= set(loaded.sweep.space)
         assign(loaded.base.raw, point)
+
+
+@pytest.mark.parametrize("path", SPACES, ids=[p.name for p in SPACES])
+def test_the_chance_is_searched_where_it_counts_in_a_shipped_space(path):
+    """With a ramp `probability` is ignored, without one the chances at its ends are."""
+    sweep = load_sweep(path).sweep
+    ramp, chance = "scheduled_sampling.ramp_steps", "scheduled_sampling.probability"
+    if ramp not in sweep.space:
+        return
+    assert sweep.space[chance].conditions == {ramp: 0}
+    for key in ("prob_start", "prob_end", "ramp_shape"):
+        dimension = sweep.space.get(f"scheduled_sampling.{key}")
+        assert dimension is None or dimension.conditions == {ramp: {"min": 1}}
+    for point in sweep.search.points:
+        assert (chance in point) == (point[ramp] == 0)
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS + SPACES if p.suffix == ".yaml"])

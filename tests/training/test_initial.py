@@ -9,7 +9,13 @@ from safetensors.torch import load_file
 from raysched.config.loading import load_mapping
 from raysched.errors import ConfigError
 from raysched.models.networks import build_network
-from raysched.training.initial import INIT_FILE, base_weights, initialise, pin_base
+from raysched.training.initial import (
+    INIT_FILE,
+    base_weights,
+    initialise,
+    pin_base,
+    shared_base,
+)
 from raysched.training.loop import train_loop
 from raysched.training.protocols import NullTracker
 
@@ -93,3 +99,33 @@ def test_compute_starts_at_zero_and_a_base_that_changed_is_refused(base, tmp_pat
         (changing / "checkpoints" / folder.name).symlink_to(folder)
     with pytest.raises(ConfigError, match="have changed"):
         pin_base(config(init_from=str(changing)), run, write=True)
+
+
+def test_the_trials_of_a_sweep_begin_with_one_checkpoint_whatever_its_run_writes_later(
+    base, tmp_path
+):
+    growing, sweep = tmp_path / "base", tmp_path / "sweep"
+    (first,) = (base / "checkpoints").iterdir()
+    (growing / "checkpoints").mkdir(parents=True)
+    (growing / "checkpoints" / first.name).symlink_to(first)
+    asked = config(init_from=str(growing))
+    begun = shared_base(asked, sweep)
+    assert begun.init_from == str(growing / "checkpoints" / first.name)
+    sweep.mkdir()
+    pin_base(begun, sweep, write=True)
+    (growing / "checkpoints" / "step-00000009").symlink_to(first)
+    assert shared_base(asked, tmp_path / "new").init_from.endswith("step-00000009")
+    # A sweep that goes on keeps to its own, and says so if that is gone.
+    assert shared_base(asked, sweep) == begun
+    (growing / "checkpoints" / first.name).unlink()
+    with pytest.raises(ConfigError, match=r"is gone, and the trials in .* began with it"):
+        shared_base(asked, sweep)
+
+
+def test_a_sweep_whose_trials_could_not_begin_with_the_base_is_refused(base, tmp_path):
+    assert shared_base(config(), tmp_path).init_from is None
+    with pytest.raises(ConfigError, match="holds no run with a checkpoint"):
+        shared_base(config(init_from=str(tmp_path / "runs")), tmp_path)
+    other = {**SMALL["model"], "block_out_channels": [16]}
+    with pytest.raises(ConfigError, match="another network"):
+        shared_base(config(init_from=str(base), model=other), tmp_path)

@@ -200,7 +200,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_checkpoin
     )
     result = run_loop(config, tmp_path)
     assert result.status == "failed"
-    assert result.exit_code == 1
+    assert (result.exit_code, result.diverged) == (1, True)
     step = int(result.compute["steps"])
     assert f"step {step + 1}" in result.error
     assert "learning_rate" in result.error

@@ -10,13 +10,14 @@ import pytest
 from rich.console import Console
 
 from raysched.config.loading import load as load_run
-from raysched.config.loading import write_yaml
+from raysched.config.loading import load_mapping, write_yaml
+from raysched.config.sweep import ObjectiveConfig
 from raysched.errors import StorageError
 from raysched.tuning.folder import open_sweep_folder
 from raysched.tuning.journal import Journal
 from raysched.tuning.pick import PickResult, run_pick
 from raysched.tuning.pick_plan import choose, fresh_seeds, plan_pick
-from raysched.tuning.records import TrialRecord
+from raysched.tuning.records import Point, TrialRecord
 from raysched.tuning.trial import TrialPlan
 from tests.tuning.synthetic import OFFSET, known_comparison, load, synthetic_train
 
@@ -156,6 +157,21 @@ def test_the_best_of_either_kind_is_among_the_chosen():
     assert [r.number for r in choose(records, rollouts, 1)] == [1]
     assert [r.number for r in choose(records, dict.fromkeys(rollouts, True), 3)] == [1, 2, 3]
     assert [r.number for r in choose(records, rollouts, 9)] == [1, 2, 3, 4]
+
+
+def test_whom_the_sweep_searched_for_is_chosen():
+    from raysched.tuning.objectives import sweep_objectives
+
+    config = ObjectiveConfig(several=("quality", "diversity"))
+    both = sweep_objectives(config, load_mapping({}, "b").config, 1000.0)
+    records = []
+    for number, (q, coverage) in enumerate([(0.1, 0.2), (0.2, 0.1), (0.5, 0.9)], start=1):
+        record = TrialRecord(number, status="finished")
+        record.add_point(Point(1000.0, q, {"coverage": coverage}))
+        records.append(record)
+    # Trial 2 has a lower q than trial 3, but is beaten in everything.
+    rollouts = dict.fromkeys((1, 2, 3), True)
+    assert [r.number for r in choose(records, rollouts, 2, both)] == [1, 3]
 
 
 def test_seeds_are_none_that_the_sweep_used():

@@ -168,3 +168,30 @@ def test_the_request_is_a_file_that_the_loop_understands(tmp_path: Path):
     content = json.loads((tmp_path / ".stop").read_text())
     assert content["status"] == "pruned"
     assert "rung" in content["reason"]
+
+
+def test_a_sweep_prunes_by_its_objective_and_says_so(tmp_path):
+    from raysched.tuning.journal import Journal
+    from raysched.tuning.objectives import sweep_objectives
+    from raysched.tuning.search import make_scheduler
+    from raysched.tuning.trial import TrialPlan
+    from tests.tuning.synthetic import load
+
+    loaded = load(tmp_path, objective={"name": "cost_to_target", "target": 0.3})
+    journal = Journal(tmp_path)
+    for number in (1, 2, 3):
+        journal.append("suggested", number, baseline=False, assignments={})
+    plan = TrialPlan({}, tmp_path, BUDGET, (0,), None, train=None)
+    asked = sweep_objectives(loaded.sweep.objective, loaded.base.config, BUDGET)
+    scheduler = make_scheduler(loaded, journal, plan, asked)
+    curves = {1: (0.9, 0.4, 0.35), 2: (0.3, 0.5, 0.5)}
+    for place, spent in enumerate((100.0, 200.0, 260.0)):
+        for number, curve in curves.items():
+            result = report(spent, curve[place], run_dir=str(tmp_path / f"{number}"))
+            scheduler.on_trial_result(None, Trial(number), result)
+    # Trial 2 was at the target once; that its q is the worse one now is not asked.
+    assert journal.records[2].error is None
+    scheduler.on_trial_result(None, Trial(3), report(260.0, 0.31, run_dir=str(tmp_path / "3")))
+    assert journal.records[3].error == (
+        "rung at 26 % of the budget: q 0.31 was not in the best 1/2 by cost_to_target"
+    )

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from raysched.config.space import load_sweep
+from raysched.errors import ConfigError
 from raysched.tuning.journal import Journal, read_events
 from raysched.tuning.sweep import run_sweep
 from raysched.tuning.verdict import Comparison
@@ -94,6 +96,42 @@ def test_a_candidate_is_the_winner_only_where_the_verdict_says_that_it_beats_the
     assert result.exit_code == 0
 
 
+FINETUNE = sorted((ROOT / "tune_spaces").glob("*_finetune.yaml"))
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=[p.name for p in FINETUNE])
+def test_a_base_that_is_not_there_is_told_before_anything_is_made_or_started(path, tmp_path):
+    loaded = load_sweep(path, [f"output_dir={tmp_path / 'sweep'}", "tracking.enabled=false"])
+    with pytest.raises(ConfigError, match=r"init_from: .*runs/BASE: holds no run"):
+        run_sweep(loaded, resume=False, console=Console(file=io.StringIO()))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_all_trials_begin_with_the_checkpoint_that_the_sweep_has_found(tmp_path, monkeypatch):
+    from raysched.tuning import sweep
+    from tests.training.runs import SMALL, run_loop, small_config
+
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.yaml").write_text("{}")
+    run_loop(small_config(training__budget__steps=2), base)
+    first, newer = (base / "checkpoints" / f"step-{n:08d}" for n in (2, 3))
+    overrides = {**SMALL, "init_from": str(base), "training.budget.steps": 9}
+    overrides |= {"tracking.enabled": False, "evaluation.enabled": True}
+    plans = []
+    monkeypatch.setattr(sweep, "search", lambda *given: plans.append(given[2]) or True)
+    for resume in (False, True):
+        loaded = load(tmp_path, overrides=overrides)
+        result, _ = run(loaded, None, resume=resume)
+        assert result.status == "stopped"
+        if not resume:
+            # A run that is still training has more of them by and by.
+            newer.symlink_to(first)
+    trials = [{"trial_number": n, "baseline": not n, "assignments": {}} for n in (0, 1)]
+    begun = {plan.config(trial, 0).init_from for plan in plans for trial in trials}
+    assert begun == {str(first)}
+
+
 @pytest.mark.ray
 def test_a_finished_sweep_can_be_extended_and_repeats_nothing(tmp_path, ray_session):
     train = synthetic_train(tmp_path / "log")
@@ -111,6 +149,35 @@ def test_a_finished_sweep_can_be_extended_and_repeats_nothing(tmp_path, ray_sess
     third, _ = run(space(3), train, resume=True)
     assert third.trials == second.trials
     assert len((tmp_path / "log").read_text().splitlines()) == 4
+
+
+@pytest.mark.ray
+def test_candidates_that_end_before_the_baseline_wait_for_it_to_know_their_gain(
+    tmp_path, ray_session
+):
+    loaded = load(
+        tmp_path,
+        search={"num_samples": 2, "max_concurrent": 2},
+        objective={"name": "gain_over_baseline"},
+        early_stopping={"kind": "none"},
+    )
+    journal = tmp_path / "sweep" / "trials.jsonl"
+    trained = synthetic_train(tmp_path / "log", quality="0.1 * K if K else 0.9")
+
+    def train(config, **more):
+        deadline = time.monotonic() + 60
+        while config.exposure == "none" and '"finished"' not in journal.read_text():
+            assert time.monotonic() < deadline, "no candidate ended beside the baseline"
+            time.sleep(0.02)
+        return trained(config, **more)
+
+    result, _ = run(loaded, train)
+    assert (result.status, result.error) == ("finished", None)
+    gains = {t.number: t.objectives["gain_over_baseline"] for t in result.trials}
+    expected = {t.number: 0.9 - 0.1 * t.assignments.get(OFFSET, 9) for t in result.trials}
+    assert gains == pytest.approx(expected)
+    ends = [e["number"] for e in read_events(journal) if e["event"] == "ended"]
+    assert ends[0] != 0
 
 
 def wait_until(condition, process, limit_s=90):

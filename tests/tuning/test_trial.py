@@ -109,22 +109,41 @@ def test_a_users_mistake_fails_with_its_message_and_without_a_traceback(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("error", "metrics", "diverged"),
+    ("error", "metrics", "told", "diverged"),
     [
-        ("step 7: the loss is nan; lower the learning rate", {}, True),
-        ("stopped", {"train/loss": float("inf")}, True),
-        ("a banana was found in the information", {"train/loss": 1.0}, False),
+        ("step 7: the loss is nan; lower the learning rate", {}, True, True),
+        ("step 7: the network returned no finite number in 40% of its rollouts", {}, True, True),
+        ("stopped", {"train/loss": float("inf")}, False, True),
+        ("runs/nan: a banana was found", {"train/loss": 1.0}, False, False),
     ],
 )
-def test_it_says_whether_the_numbers_stopped_being_finite(tmp_path, error, metrics, diverged):
+def test_it_says_whether_the_numbers_stopped_being_finite(
+    tmp_path, error, metrics, told, diverged
+):
     from raysched.training.result import RunResult
 
     def train(config, *, run_dir, **more):
-        return RunResult("failed", str(run_dir), metrics=metrics, error=error)
+        return RunResult("failed", str(run_dir), metrics=metrics, error=error, diverged=told)
 
     end = train_trial(CANDIDATE, make_plan(tmp_path, train), lambda report: None)
     assert (end["status"], end["error"], end["diverged"]) == ("failed", error, diverged)
     assert json.dumps(end)
+
+
+def test_a_run_whose_rollouts_return_no_finite_number_is_a_trial_that_diverged(
+    tmp_path, monkeypatch
+):
+    from raysched.training.setup import Run
+    from tests.training.runs import rollout_config, run_loop
+
+    monkeypatch.setattr(Run, "predict", lambda self, sample, *_, **__: sample * float("nan"))
+
+    def train(config, *, run_dir, report, tracking):
+        return run_loop(rollout_config(), run_dir, report=report)
+
+    end = train_trial(CANDIDATE, make_plan(tmp_path, train), lambda report: None)
+    assert "the network returned no finite number in 100% of the step's rollouts" in end["error"]
+    assert (end["status"], end["diverged"]) == ("failed", True)
 
 
 def test_a_sweep_that_is_stopping_begins_no_training(tmp_path):

@@ -2,8 +2,11 @@ import random
 
 import pytest
 
-from raysched.tuning.records import TrialRecord
-from raysched.tuning.verdict import Comparison, best, decide, eligible, holm
+from raysched.config.loading import load_mapping
+from raysched.config.sweep import ObjectiveConfig
+from raysched.tuning.objectives import sweep_objectives
+from raysched.tuning.records import Point, TrialRecord
+from raysched.tuning.verdict import Comparison, best, decide, eligible, holm, ranked
 
 
 def trial(number: int, q: float | None, status: str = "finished") -> TrialRecord:
@@ -124,3 +127,68 @@ def test_a_winner_that_does_not_roll_out_is_no_case_for_rollouts():
     )
     assert found.answer == "other_method_pays"
     assert "beats teacher forcing by 0.2" in found.text
+
+
+F = 1000.0
+
+
+def asked(**config):
+    return sweep_objectives(ObjectiveConfig(**config), load_mapping({}, "b").config, F)
+
+
+def curved(number: int, *curve: float, **beside: float) -> TrialRecord:
+    """A finished trial with evenly spaced evaluations, the last at the budget."""
+    found = trial(number, None)
+    for place, q in enumerate(curve, start=1):
+        found.add_point(Point(F * place / len(curve), q, beside))
+    return found
+
+
+COST = asked(name="cost_to_target", target=0.3)
+# Trial 1 is soon at the target, trial 2 ends lower, trial 3 gets there at the end.
+CURVES = [curved(1, 0.9, 0.3, 0.3, 0.29), curved(2, 0.9, 0.8, 0.3, 0.1), curved(3, 1, 1, 1, 0.2)]
+
+
+def test_the_best_is_whom_the_objective_says_and_without_one_that_of_lowest_q():
+    assert [t.number for t in ranked(CURVES, COST)] == [1, 2, 3]
+    assert [t.number for t in ranked(CURVES)] == [2, 3, 1]
+    assert [t.number for t in ranked(CURVES, asked())] == [2, 3, 1]
+    assert [t.number for t in ranked(CURVES, asked(name="gain_over_baseline"))] == [2, 3, 1]
+    assert [t.number for t in ranked(CURVES, asked(name="area"))] == [1, 2, 3]
+
+
+def test_of_several_objectives_the_front_comes_first_and_in_it_the_lowest_q():
+    both = asked(several=("quality", "diversity"))
+    trials = [
+        curved(1, 0.1, coverage=0.2),
+        curved(2, 0.2, coverage=0.1),  # beaten by trial 1 in both
+        curved(3, 0.5, coverage=0.9),
+        curved(4, 0.15),  # it lacks the second
+    ]
+    assert [t.number for t in ranked(trials, both)] == [1, 3, 2, 4]
+
+
+def test_the_verdict_is_about_the_best_by_the_objective():
+    gains = {1: 0.1, 2: 0.3, 3: 0.2}
+    comparisons = [Comparison(n, gain, gain - 0.05, gain + 0.05) for n, gain in gains.items()]
+    trials = [trial(0, 0.4), *CURVES]
+    found = decide(trials, comparisons, num_seeds=1, metric="KID", objectives=COST)
+    assert (found.answer, found.candidate, found.difference) == ("rollouts_pay", 1, 0.1)
+    assert "(max_step_offset=1; best by cost_to_target) beats teacher forcing" in found.text
+    by_q = decide(trials, comparisons, num_seeds=1, metric="KID", objectives=asked())
+    assert (by_q.candidate, by_q.difference) == (2, 0.3)
+
+
+def test_rollouts_do_not_pay_only_where_the_candidate_of_lowest_q_is_worse_too():
+    trials = [trial(0, 0.2), *CURVES]
+
+    def found(lowest):
+        gains = {1: -0.09, 2: lowest, 3: -0.08}
+        comparisons = [Comparison(n, g, g - 0.05, g + 0.05) for n, g in gains.items()]
+        return decide(trials, comparisons, num_seeds=1, metric="KID", objectives=COST)
+
+    assert (found(0.1).answer, found(0.1).candidate) == ("no_clear_winner", 1)
+    assert (
+        "[0.04, 0.14] at equal compute, while another candidate has a lower q" in found(0.1).text
+    )
+    assert (found(-0.07).answer, found(-0.07).candidate) == ("rollouts_do_not_pay", 2)
