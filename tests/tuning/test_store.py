@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,15 @@ def test_a_failed_trial_is_never_on_the_front(tmp_path: Path) -> None:
     failed = trial(1, tmp_path, status="failed", forward_equivalents=1.0, q=0.0)
     assert pareto_front([failed]) == set()
     assert final_metrics(failed)["objective/q"] == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
+def test_a_pick_of_one_seed_has_a_run_for_it_below_its_trial(tmp_path: Path) -> None:
+    store, plan = open_sweep(tmp_path, [4])
+    record = trial(2, tmp_path / "sweep" / "trials")
+    given = replace(plan, written={2: plan.config(record.as_trial(), 4)})
+    record.tracking_id = store.open_run(record, given)
+    (run_dir,) = given.run_dirs(record.as_trial())
+    store.close()
+    assert run_dir.name == "seed-4"
+    assert recorded_run(run_dir) not in (None, record.tracking_id)
