@@ -162,8 +162,8 @@ def _run_trainer(config: RunConfig, job: WorkerJob, report: ReportCallback) -> R
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread below
             outcome["error"] = error
         finally:
-            # A queue that is gone has ended the wait for it as well.
-            with contextlib.suppress(RayActorError):
+            # A queue that is gone (then its actor is None) has ended the wait for it as well.
+            with contextlib.suppress(RayActorError, AttributeError):
                 queue.put(None)
 
     thread = threading.Thread(target=fit, name="raysched-trainer", daemon=True)
