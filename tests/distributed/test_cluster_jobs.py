@@ -61,6 +61,11 @@ class Head:
     folder: Path
     environment: dict[str, str]
 
+    @property
+    def rays(self) -> Path:
+        """Where Ray keeps its sockets and logs."""
+        return Path(f"/tmp/raysched-{os.getuid()}-{self.environment['RAYSCHED_HEAD_PORT']}")
+
     def local(self, verb: str) -> subprocess.CompletedProcess[str]:
         return self.run(str(ROOT / "cluster" / "local"), verb)
 
@@ -96,7 +101,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "AWS_SECRET_ACCESS_KEY": "planted-secret",
     }
     before = Head(folder, environment)
-    rays = Path(f"/tmp/raysched-{os.getuid()}-{ports + 6}")
     started = before.local("start")
     try:
         assert started.returncode == 0, started.stdout + started.stderr
@@ -107,8 +111,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         stopped = before.local("stop")
     assert stopped.stdout.strip() == "stopped"
     assert before.local("stop").stdout.strip() == "not running"
-    assert processes_of(folder / "s", rays) == []
-    shutil.rmtree(rays)
+    assert processes_of(folder / "s", before.rays) == []
+    shutil.rmtree(before.rays)
 
 
 def processes_of(*folders: Path) -> list[str]:
@@ -167,7 +171,7 @@ def test_ray_job_submit_runs_a_sweep_whose_results_are_in_mlflow(head: Head) -> 
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "Verdict" in done.stdout
-    unpacked = list((head.folder / "s").rglob("working_dir_files/*/space.yaml"))
+    unpacked = list(head.rays.rglob("working_dir_files/*/space.yaml"))
     assert unpacked
     assert not (unpacked[0].parent / ".env").exists()
     check_results(head, 1)
