@@ -46,7 +46,8 @@ def _non_dominated_pairs(rows: Points) -> NDArray[np.bool_]:
     np.minimum.at(lowest, group, rows[:, 1])
     # The lowest second objective among those whose first one is smaller.
     before = np.concatenate([[np.inf], np.minimum.accumulate(lowest)[:-1]])
-    beaten = (before[group] <= rows[:, 1]) | (lowest[group] < rows[:, 1])
+    has_smaller = group > 0  # an infinite value is beaten by those before it, not by the start
+    beaten = (has_smaller & (before[group] <= rows[:, 1])) | (lowest[group] < rows[:, 1])
     return np.asarray(~beaten, dtype=np.bool_)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.mo_asha import PROBLEMS, search
 from raysched.config.sweep import EarlyStoppingConfig
 from raysched.tuning.mo_asha import ParetoHalving, best_first
-from raysched.tuning.pareto import dominates
+from raysched.tuning.pareto import dominates, ranks
 from raysched.tuning.records import FORWARD_EQUIVALENTS, METRICS, OBJECTIVE, Point, TrialRecord
 from raysched.tuning.rules import Halving, Median
 from raysched.tuning.scheduler import ComputeHalving
@@ -154,3 +157,10 @@ def test_being_stopped_early_earns_no_reward_where_compute_is_an_objective():
     # The searcher breeds from its front: nobody may stand there for having been stopped.
     assert right.stopped_on_front == 0
     assert wrong.stopped_on_front > 0
+
+
+@given(st.lists(st.tuples(*[st.sampled_from([0.0, 1.0, 2.0, math.inf])] * 2), max_size=8))
+def test_infinite_objectives_have_a_rank_like_any_other(points):
+    found = {i: rank for rank, front in enumerate(brute_fronts(points)) for i in front}
+    rows = np.array(points, dtype=float).reshape(-1, 2)
+    assert ranks(rows) == [found[i] for i in range(len(points))]
