@@ -123,3 +123,29 @@ def test_a_lost_node_costs_one_interval_where_another_has_room(tmp_path, monkeyp
         cluster.shutdown()
     straight = run_loop(config, tmp_path / "straight")
     assert json.loads(out)["weights_sha256"] == straight.weights_sha256
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_sigterm_while_a_run_waits_for_its_first_node_is_a_resumable_stop(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    write_yaml(small_config(scaling__num_workers=1), tmp_path / "config.yaml")
+    run_dir = tmp_path / "run"
+    cluster, process = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}), None
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_ADDRESS", cluster.address)
+            process = start(run_dir, "--json")
+        wait_until(lambda: "waiting up to" in "".join(read_events(run_dir)), "the wait", 60)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+        cluster.shutdown()
+    assert process.returncode == 75, err
+    assert json.loads(out)["status"] == "stopped"
+    assert "Traceback" not in err
