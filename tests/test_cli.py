@@ -91,7 +91,7 @@ USAGE_ERRORS = [
     (["sample", "x", "--num-images", "0"], "--num-images"),
     (["probe"], "RUN"),
     (["probe", "x", "--num-pairs", "2"], "--num-pairs"),
-    (["probe", "x", "--steps", "4"], "--max-offset"),
+    (["probe", "x", "--steps", "4", "--max-offset", "5"], "--max-offset"),
     (["schema", "rnu"], "rnu"),
     (["tune"], "a SPACE is needed"),
     (["tune", "no-such-space.yaml"], "no-such-space.yaml: no such file"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raysched.config.loading import write_yaml
@@ -112,6 +113,8 @@ def test_a_process_that_is_stuck_writes_its_stacks_and_dies(tmp_path):
     try:
         wait_until(lambda: beats(tmp_path), "a sign of life", 60)
         process.send_signal(signal.SIGSTOP)
+        stopped = psutil.Process(process.pid)
+        wait_until(lambda: stopped.status() == psutil.STATUS_STOPPED, "the signal to arrive")
         beat = Beat(**wait_until(lambda: beats(tmp_path), "a record")[0])
         assert dump_stacks(beat, tmp_path, kill=True) == "stopped"
         assert process.wait(timeout=10) == -signal.SIGKILL

@@ -49,6 +49,7 @@ def test_the_autoscaler_is_asked_for_room_once_and_the_request_is_taken_back(clu
 
 
 def test_the_request_is_taken_back_from_a_cluster_that_stays_too_small(cluster):
+    cluster.looks = [[], [{"CPU": 2.0}]]
     scaling = small_config(scaling__num_workers=4, scaling__resource_timeout_s=0.05).scaling
     with pytest.raises(ConfigError, match="need 4 CPUs, the cluster has 2"):
         check_resources(scaling, lambda text: None)
