@@ -80,3 +80,5 @@ def check_wrapping(config: RunConfig, network: nn.Module, world_size: int) -> No
     elif expected > 1:
         ddp = isinstance(network, DistributedDataParallel)
         assert ddp, f"{expected} ranks, but the network is a {kind}"
+    else:
+        assert not isinstance(network, DistributedDataParallel), "one rank, yet DDP"
