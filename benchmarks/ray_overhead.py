@@ -1,11 +1,11 @@
 """What Ray Train costs: one worker against the same loop without Ray, and two workers against one.
 
-  overhead      time per step of one Ray Train worker over that of the loop without Ray, which has
-                as many threads; minus 1. Aim: at most 0.03.
-  weak_scaling  samples per second of two workers over those of one, with as many samples per
-                worker. Aim: at least 1.5 on two cores.
-  machine       the same of two loops without Ray that know nothing of each other: what the
-                machine has to give at that time, most of all a virtual one's
+  overhead         time per step of one Ray Train worker over that of the loop without Ray, which
+                   has as many threads; minus 1. Aim: at most 0.03.
+  weak_scaling     samples per second of two workers over those of one, with as many samples per
+                   worker. Aim: at least 1.5 on two cores.
+  machine_scaling  the same of two loops without Ray that know nothing of each other: what the
+                   machine has to give at that time, most of all a virtual one
 
 All runs of a comparison are started first, as `raysched train` in processes of their own, and
 warmed up; no start is in the numbers. Then they go on in turns of some seconds: all processes of
@@ -201,7 +201,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         (two,), (one,), twins, (alone,) = groups
         scaled = [two.rate(block) / one.rate(block) for block in blocks]
         machine = [sum(run.rate(block) for run in twins) / alone.rate(block) for block in blocks]
-        for key, ratios in (("weak_scaling", scaled), ("machine", machine)):
+        for key, ratios in (("weak_scaling", scaled), ("machine_scaling", machine)):
             found[key] = round(statistics.median(ratios), 4)
             found[f"{key}_blocks"] = [round(ratio, 4) for ratio in ratios]
         share = statistics.median(a / b for a, b in zip(scaled, machine, strict=True))
@@ -232,7 +232,9 @@ def main() -> None:
         print(f"  by processor time: {found['overhead_cpu']:+.2%} {found['overhead_cpu_blocks']}")
     if "weak_scaling" in found:
         print(f"weak scaling 1 -> 2: {found['weak_scaling']:.2f}x {found['weak_scaling_blocks']}")
-        print(f"  the machine's: {found['machine']:.2f}x {found['machine_blocks']}")
+        print(
+            f"  the machine's: {found['machine_scaling']:.2f}x {found['machine_scaling_blocks']}"
+        )
 
 
 if __name__ == "__main__":
