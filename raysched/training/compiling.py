@@ -8,6 +8,7 @@ word, so a run's compiled gradients are compared with the eager ones before it t
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -80,10 +81,10 @@ def check_gradients(
     network.train(was_training)
     # A gradient that is nothing beside the others' is all rounding.
     whole = torch.stack([gradient.norm() for gradient in eager.values()]).norm()
-    error, name = max(
-        (float((compiled[n] - g).norm() / (g.norm() + 1e-3 * whole)), n) for n, g in eager.items()
-    )
-    if not error <= TOLERANCE[precision]:
+    errors = {n: (compiled[n] - g).norm() / (g.norm() + 1e-3 * whole) for n, g in eager.items()}
+    # NaN compares with nothing: it must not hide behind a number.
+    error, name = max((float(e.nan_to_num(nan=math.inf)), n) for n, e in errors.items())
+    if error > TOLERANCE[precision]:
         raise ConfigError(
             f"training.compile: the compiled gradient of {name} is off by {error:.1%} of "
             "the eager one: this torch's compiler does not fit the network; set training.compile: "

@@ -73,7 +73,7 @@ class Run:
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows of this rank's micro-batches, the most that a network call gets."""
+        """Rows of this rank's micro-batches: the most that a call gets, padding left out."""
         training = self.config.training
         return -(-training.batch_size // (self.world_size * training.gradient_accumulation))
 

@@ -82,10 +82,13 @@ def test_right_gradients_of_any_network_are_let_through(changes, monkeypatch):
     assert all(p.grad is None for p in run.policy.parameters())
 
 
-def test_lost_gradients_are_refused_before_training(monkeypatch):
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_lost_gradients_are_refused_before_training(factor, monkeypatch):
     def losing(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
-        return lambda *given: [out.detach() + 0.0 * out for out in graph(*given)]
+        return lambda *given: [out.detach() + factor * out for out in graph(*given)]
 
     compile_by(monkeypatch, losing)
-    with pytest.raises(ConfigError, match=r"compiled gradient of backbone\S+ is off by (9|100)"):
+    with pytest.raises(
+        ConfigError, match=r"compiled gradient of backbone\S+ is off by (9|100|inf)"
+    ):
         build_run(tiny(training__compile=True))

@@ -171,6 +171,12 @@ def start_driver(
     )
 
 
+def ends(folder: Path) -> list[tuple[int, str]]:
+    """The trials that have ended, and how, in their order."""
+    events = read_events(folder / "sweep" / "trials.jsonl")
+    return [(e["number"], e["status"]) for e in events if e["event"] == "ended"]
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_waits_for_the_first_node_of_a_cluster_that_grows(tmp_path):
@@ -192,9 +198,7 @@ def test_a_sweep_waits_for_the_first_node_of_a_cluster_that_grows(tmp_path):
             process.kill()
             process.wait()
         cluster.shutdown()
-    events = read_events(tmp_path / "sweep" / "trials.jsonl")
-    ends = [(e["number"], e["status"]) for e in events if e["event"] == "ended"]
-    assert ends == [(0, "finished"), (1, "finished")]
+    assert ends(tmp_path) == [(0, "finished"), (1, "finished")]
 
 
 @pytest.mark.ray
@@ -228,8 +232,7 @@ def test_a_trial_that_is_lost_with_its_node_is_begun_again_on_another(tmp_path):
             process.kill()
             process.wait()
         cluster.shutdown()
-    ends = [(e["number"], e["status"]) for e in read_events(journal) if e["event"] == "ended"]
-    assert ends == [(0, "finished"), (1, "stopped"), (1, "finished")]
+    assert ends(tmp_path) == [(0, "finished"), (1, "stopped"), (1, "finished")]
     started = [line[:3] for line in (tmp_path / "log").read_text().splitlines()]
     assert started == ["000", "001", "001"]
 
@@ -294,8 +297,6 @@ def test_a_trial_whose_worker_is_lost_with_its_node_waits_for_another(tmp_path):
             process.kill()
             process.wait()
         cluster.shutdown()
-    events = read_events(tmp_path / "sweep" / "trials.jsonl")
-    ends = [(e["number"], e["status"]) for e in events if e["event"] == "ended"]
-    assert ends == [(0, "finished"), (1, "finished")]
+    assert ends(tmp_path) == [(0, "finished"), (1, "finished")]
     assert "there is room for a trial again" in shown.read_text()
     assert "rank 0 was lost" in (trial / "log.txt").read_text()
