@@ -44,7 +44,7 @@ from raysched.diffusion.curriculum import plan_from_steps
 from raysched.diffusion.parameterization import add_noise, broadcast
 from raysched.diffusion.rollout import plan_calls, rollout
 from raysched.errors import ConfigError
-from raysched.training import rollout_step
+from raysched.training import exposure
 from raysched.training.loop import train_loop
 from raysched.training.protocols import NullTracker
 from raysched.training.run_folder import holds_run, open_run_folder
@@ -100,7 +100,7 @@ def count_syncs(work: Callable[[], Any]) -> int:
 def synchronisation() -> dict[str, Any]:
     """Host waits, per kind of rollout."""
     rows: dict[str, Any] = {}
-    run_calls, make_calls = rollout_module._run, rollout_step._call_plan
+    run_calls, make_calls = rollout_module._run, exposure.plan_rollout
     for precision in ("fp32", "bf16"):
         for name, settings in ROLLOUTS.items():
             run = make_run(settings, precision=precision)
@@ -118,14 +118,14 @@ def synchronisation() -> dict[str, Any]:
                 return made[0]
 
             row: dict[str, Any] = {"whole_step": count_syncs(lambda r=run: train_step(r, 3))}
-            rollout_module._run, rollout_step._call_plan = strictly, counted
+            rollout_module._run, exposure.plan_rollout = strictly, counted
             try:
                 train_step(run, 4)
                 row["within_calls"] = 0
             except RuntimeError as error:
                 row["within_calls"] = str(error).splitlines()[0]
             finally:
-                rollout_module._run, rollout_step._call_plan = run_calls, make_calls
+                rollout_module._run, exposure.plan_rollout = run_calls, make_calls
             row["planning"] = planned[0] if planned else None
             rows[f"{name}_{precision}"] = row
     passed = all(row["within_calls"] == 0 and (row["planning"] or 0) <= 1 for row in rows.values())

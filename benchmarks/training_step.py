@@ -7,8 +7,13 @@ Measured in turn within one process, medians of paired ratios:
                       gradient in full batches of the micro-batch's size, by the recorded forward
                       that rollouts use; for `step_over_eager_parts` the network called as it is
 
-`planning_share` is the share of the step with rollouts that its timers find in drawing the plan,
-packing, solver tables and the solver's arithmetic, everything but the network.
+Batches and plans are made as in training, one step ahead by a second thread. Two shares of the
+step with rollouts, by timers inside:
+
+  planning_share       what the step itself spends: waiting for its batch and plan, and everything
+                       in the rollout but the network (gathering, the solver's arithmetic)
+  planning_work_share  the same with the second thread's processor time for drawing the plan,
+                       packing and solver tables in place of the wait
 
     python benchmarks/training_step.py --json
 """
@@ -29,6 +34,7 @@ from raysched.config.loading import load_mapping
 from raysched.training import batch as batch_module
 from raysched.training import rollout_step
 from raysched.training.allocator import keep_freed_memory
+from raysched.training.feed import Feed
 from raysched.training.setup import Run, build_run
 from raysched.training.train_step import train_step
 
@@ -36,20 +42,26 @@ CLOCK: dict[str, Callable[[], float]] = {"now": time.perf_counter}
 
 
 class Stopwatch:
-    """Adds up the time spent in wrapped functions."""
+    """Adds up the time spent in wrapped functions.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds; the benchmark's own if not given.
+    """
+
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self.seconds = 0.0
+        self._clock = clock
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, timed."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = CLOCK["now"]()
+            clock = self._clock or CLOCK["now"]
+            start = clock()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += CLOCK["now"]() - start
+                self.seconds += clock() - start
 
         return timed
 
@@ -75,20 +87,45 @@ def make_run(max_step_offset: int, options: argparse.Namespace, accumulation: in
 def measure(options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
     """One row."""
     rolled, plain = (make_run(k, options, accumulation) for k in (options.max_step_offset, 0))
-    planning, network = Stopwatch(), Stopwatch()
-    rollout_step.rollout = planning.wrap(rollout_step.rollout)
-    rollout_step.plan_calls = planning.wrap(rollout_step.plan_calls)
-    batch_module.draw_plan = planning.wrap(batch_module.draw_plan)
+    feeds = Feed(rolled), Feed(plain)
+    try:
+        return {
+            "model": "demo_unet_8x8",
+            "batch": options.batch,
+            "accumulation": accumulation,
+            "max_step_offset": options.max_step_offset,
+            **measure_pairs(options, rolled, plain, *feeds),
+        }
+    finally:
+        for feed in feeds:
+            feed.close()
+
+
+def measure_pairs(
+    options: argparse.Namespace, rolled: Run, plain: Run, rolled_feed: Feed, plain_feed: Feed
+) -> dict[str, float]:
+    """Medians over steps made in turn."""
+    engine, network, wait = Stopwatch(), Stopwatch(), Stopwatch()
+    ahead = Stopwatch(time.thread_time)
+    rollout_step.rollout = engine.wrap(rollout_step.rollout)
+    rolled_feed.take = wait.wrap(rolled_feed.take)  # type: ignore[method-assign]
+    rollout_step.plan_calls = ahead.wrap(rollout_step.plan_calls)
+    draw, draw_timed = batch_module.draw_plan, ahead.wrap(batch_module.draw_plan)
+    batch_module.draw_plan = lambda config, *rest: (
+        draw_timed if config is rolled.config else draw
+    )(config, *rest)
     plain.policy.eval()
     rolled.predict = network.wrap(rolled.predict)  # type: ignore[method-assign]
     rolled.prepare = network.wrap(rolled.prepare)  # type: ignore[method-assign]
-    ratios, over_eager, shares = [], [], []
+    ratios, over_eager, shares, work_shares, wholes = [], [], [], [], []
+    before = 0.0
     for step in range(options.repeats + 2):
-        before = (rolled.meter.rollout, planning.seconds, network.seconds)
-        whole = seconds(lambda s=step: train_step(rolled, s))
-        forwards = rolled.meter.rollout - before[0]
-        arithmetic = (planning.seconds - before[1]) - (network.seconds - before[2])
-        parts = seconds(lambda s=step: train_step(plain, s))
+        clocks = engine.seconds - network.seconds, wait.seconds, rolled.meter.rollout
+        whole = seconds(lambda s=step: train_step(rolled, s, rolled_feed))
+        forwards = rolled.meter.rollout - clocks[2]
+        arithmetic = engine.seconds - network.seconds - clocks[0]
+        waited = wait.seconds - clocks[1]
+        parts = seconds(lambda s=step: train_step(plain, s, plain_feed))
         eager = seconds(
             lambda n=forwards: full_batches(plain.policy, n, options.batch, plain.device)
         )
@@ -97,18 +134,20 @@ def measure(options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
                 plain.replay or plain.policy, n, options.batch, plain.device
             )
         )
+        if step == 1:
+            before = ahead.seconds
         if step >= 2:  # the first ones warm up
             ratios.append(whole / (parts + fast))
             over_eager.append(whole / (parts + eager))
-            shares.append(arithmetic / whole)
+            shares.append((waited + arithmetic) / whole)
+            work_shares.append(arithmetic / whole)
+            wholes.append(whole)
+    made_ahead = (ahead.seconds - before) / sum(wholes)
     return {
-        "model": "demo_unet_8x8",
-        "batch": options.batch,
-        "accumulation": accumulation,
-        "max_step_offset": options.max_step_offset,
         "step_over_parts": round(statistics.median(ratios), 4),
         "step_over_eager_parts": round(statistics.median(over_eager), 4),
         "planning_share": round(statistics.median(shares), 4),
+        "planning_work_share": round(statistics.median(work_shares) + made_ahead, 4),
     }
 
 

@@ -12,10 +12,25 @@ import torch
 from torch import Tensor
 
 from raysched.data.batches import batch_indices
+from raysched.diffusion.calls import CallPlan
 from raysched.diffusion.curriculum import RolloutPlan, draw_plan
 from raysched.diffusion.randomness import normals, uniforms
+from raysched.diffusion.reuse import PassedStates
 from raysched.diffusion.transfer import to_device
 from raysched.training.setup import Run
+
+
+@dataclass(frozen=True)
+class PlannedRollout:
+    """What the rollouts of a batch need besides the weights.
+
+    Attributes:
+        calls: the network calls of this rank.
+        passed: states on the way that are trained on.
+    """
+
+    calls: CallPlan
+    passed: PassedStates
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,7 @@ class Batch:
         labels: (b,) class ids, dropped ones already replaced by the null class.
         plan: targets, sources and offsets of these samples; on the host.
         plans: those of every rank, this one's included.
+        planned: the calls of the rollouts, where they were made ahead of the step.
     """
 
     step: int
@@ -41,9 +57,10 @@ class Batch:
     labels: Tensor
     plan: RolloutPlan
     plans: tuple[RolloutPlan, ...]
+    planned: PlannedRollout | None = None
 
     def select(self, rows: Tensor) -> Batch:
-        """Some of the samples; `plans` stay those of whole ranks."""
+        """Some of the samples; `plans` stay those of whole ranks, nothing is planned for them."""
         return replace(
             self,
             sample_indices=self.sample_indices[rows],
@@ -52,6 +69,7 @@ class Batch:
             eps=self.eps[rows],
             labels=self.labels[rows],
             plan=self.plan.select(rows),
+            planned=None,
         )
 
 

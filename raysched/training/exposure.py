@@ -13,12 +13,13 @@ import torch
 from raysched.diffusion.parameterization import add_noise, prediction_target
 from raysched.diffusion.reuse import PassedStates, passed_states
 from raysched.diffusion.transfer import to_device
-from raysched.training.batch import Batch
+from raysched.training.batch import Batch, PlannedRollout
 from raysched.training.inputs import TrainingInputs
 from raysched.training.jump import DifferentiableJump
 from raysched.training.rollout_step import (
     RolledInputs,
     clean_predictions,
+    plan_rollout,
     roll_out,
     row_mask,
     wants_clean,
@@ -63,8 +64,11 @@ def scheduled_sampling(run: Run, batch: Batch) -> TrainingInputs:
     )
     if settings.jump_gradient and settings.grid == "jump":
         return _through_the_jump(run, batch, plain)
-    passed = passed_states(plan, run.schedule, settings)
-    rolled = roll_out(run, batch, plain.sample, passed)
+    planned = batch.planned
+    if planned is None:
+        with run.meter.timed("rollout"):
+            planned = plan_rollout(run, batch)
+    rolled = roll_out(run, batch, plain.sample, planned)
     aim = rollout_targets(
         run, batch, chosen, rolled.sample[chosen], plan.target_u[chosen], plain.target[chosen]
     )
@@ -79,7 +83,20 @@ def scheduled_sampling(run: Run, batch: Batch) -> TrainingInputs:
         drift=rolled.drift,
         failed=rolled.failed,
     )
-    return inputs if settings.reuse == "last" else _with_passed(run, batch, inputs, rolled, passed)
+    if settings.reuse == "last":
+        return inputs
+    return _with_passed(run, batch, inputs, rolled, planned.passed)
+
+
+def plan_ahead(run: Run, batch: Batch) -> PlannedRollout | None:
+    """The rollouts of a step that may begin later; None where the step makes none as a whole."""
+    settings, method = run.config.rollout, run.config.exposure
+    in_parts = settings.jump_gradient and settings.grid == "jump"
+    if method not in ("scheduled_sampling", "defar") or in_parts:
+        return None
+    if not any(of_rank.num_rolled for of_rank in batch.plans):
+        return None
+    return plan_rollout(run, batch)
 
 
 def _through_the_jump(run: Run, batch: Batch, plain: TrainingInputs) -> TrainingInputs:

@@ -8,7 +8,7 @@ from torch import Tensor
 from raysched.diffusion.compute import GRADIENT_COST
 from raysched.training.batch import Batch
 from raysched.training.inputs import TrainingInputs
-from raysched.training.rollout_step import roll_out, row_mask
+from raysched.training.rollout_step import plan_rollout, roll_out, row_mask
 from raysched.training.setup import Run
 from raysched.training.targets import rollout_targets
 
@@ -37,7 +37,8 @@ class DifferentiableJump:
         x_t, original = self._plain.sample[rows], self._plain.target[rows]
         if not part.plan.num_rolled:
             return x_t, original
-        rolled = roll_out(run, part, x_t, with_gradient=True)
+        planned = plan_rollout(run, part, with_gradient=True)
+        rolled = roll_out(run, part, x_t, planned, with_gradient=True)
         run.network.train()
         self.drift = self.drift + rolled.drift
         self.num_forwards += GRADIENT_COST * rolled.num_forwards

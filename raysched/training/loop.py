@@ -28,6 +28,7 @@ from raysched.training.costs import Costs
 from raysched.training.evaluate_step import probe_run, save_final
 from raysched.training.evaluations import Evaluations, Moment
 from raysched.training.events import LOG_FILE, note_event
+from raysched.training.feed import Feed
 from raysched.training.files import write_json
 from raysched.training.heartbeat import Heartbeat
 from raysched.training.initial import pin_base
@@ -121,6 +122,8 @@ def train_loop(
         loop.evaluations.close(finished=False)
         loop.keeper.close()
         raise
+    finally:
+        loop.feed.close()
 
 
 class Loop:
@@ -139,6 +142,7 @@ class Loop:
         self.stop = StopWatch(run_dir)
         self.keeper = Keeper(run, run_dir)
         self.costs = Costs(run)
+        self.feed = Feed(run)
         self.evaluations = Evaluations(run, run_dir, tracker, evaluator, self._publish)
         self._started = time.monotonic()
 
@@ -185,7 +189,7 @@ class Loop:
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate_at(run.config.optimizer, before[0])
             with memory_errors(run.config, run.step + 1):
-                step = train_step(run, run.step)
+                step = train_step(run, run.step, self.feed)
             self._take(step)
             self.keeper.check()
             after = (run.fraction, run.meter.forward_equivalents)

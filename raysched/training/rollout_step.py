@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raysched.diffusion.calls import CallOptions, CallPlan, NoiseSource
+from raysched.diffusion.calls import CallOptions, NoiseSource
 from raysched.diffusion.packing import calls_needed
 from raysched.diffusion.parameterization import add_noise
 from raysched.diffusion.programs import solver_program
 from raysched.diffusion.randomness import generator, normals
-from raysched.diffusion.reuse import PassedStates
+from raysched.diffusion.reuse import passed_states
 from raysched.diffusion.rollout import plan_calls, rollout
 from raysched.diffusion.transfer import to_device
-from raysched.training.batch import Batch
+from raysched.training.batch import Batch, PlannedRollout
 from raysched.training.setup import Run
 from raysched.training.targets import without_target
 
@@ -64,12 +64,7 @@ def row_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def roll_out(
-    run: Run,
-    batch: Batch,
-    x_t: Tensor,
-    passed: PassedStates | None = None,
-    *,
-    with_gradient: bool = False,
+    run: Run, batch: Batch, x_t: Tensor, planned: PlannedRollout, *, with_gradient: bool = False
 ) -> RolledInputs:
     """Let the policy's weights generate the inputs of the samples with k > 0.
 
@@ -77,21 +72,19 @@ def roll_out(
         run: this rank's run; its meter gets the seconds, the caller counts the forwards.
         batch: the rank's samples and their plan.
         x_t: (b, C, H, W), the teacher-forced inputs.
-        passed: states on the way that are wanted.
+        planned: of the batch, made with the same `with_gradient`.
         with_gradient: keep the graph, and leave the clean predictions to `clean_predictions`.
     """
     if with_gradient:  # within the training step, whose seconds are counted already
-        return _made(run, batch, x_t, passed, with_gradient=True)
+        return _made(run, batch, x_t, planned, with_gradient=True)
     with run.meter.timed("rollout"):
-        return _made(run, batch, x_t, passed, with_gradient=False)
+        return _made(run, batch, x_t, planned, with_gradient=False)
 
 
 def _made(
-    run: Run, batch: Batch, x_t: Tensor, passed: PassedStates | None, *, with_gradient: bool
+    run: Run, batch: Batch, x_t: Tensor, planned: PlannedRollout, *, with_gradient: bool
 ) -> RolledInputs:
-    settings, plan = run.config.rollout, batch.plan
-    with_clean = wants_clean(run) and not with_gradient
-    calls = _call_plan(run, batch, x_t, passed, with_clean=with_clean)
+    settings, plan, calls = run.config.rollout, batch.plan, planned.calls
     # The source shares the target's noise: the rollout's error is the model's alone.
     x_source = add_noise(batch.x0, batch.eps, *run.schedule.alpha_sigma(plan.source_u))
     if settings.dropout:
@@ -106,7 +99,7 @@ def _made(
             PolicyNetwork(run, batch),
             x_source,
             calls,
-            x_t if with_clean else None,
+            x_t if calls.with_clean else None,
             with_gradient=with_gradient,
         )
     made = [part for part in (result.x_hat, result.clean_pred) if part is not None]
@@ -130,23 +123,23 @@ def _made(
     )
 
 
-def _call_plan(
-    run: Run, batch: Batch, x_t: Tensor, passed: PassedStates | None, *, with_clean: bool
-) -> CallPlan:
-    """The calls of this rank's rollouts; as many on every rank."""
+def plan_rollout(run: Run, batch: Batch, *, with_gradient: bool = False) -> PlannedRollout:
+    """The calls of this rank's rollouts, as many on every rank; the weights are not needed."""
     settings = run.config.rollout
     capacity = run.micro_batch_size
+    with_clean = wants_clean(run) and not with_gradient
+    passed = passed_states(batch.plan, run.schedule, settings)
     options = CallOptions(
         with_clean=with_clean,
         guidance_scale=settings.guidance_scale,
         bucket=settings.bucket,
         noise=ancestral_noise(run, batch) if settings.ancestral else None,
-        kept=passed,
+        kept=None if with_gradient else passed,
     )
     if run.world_size > 1 and not settings.jump_gradient:
         most = _most_calls(run, batch, capacity // options.lanes_per_row, with_clean)
         options = CallOptions(**{**vars(options), "least_calls": most})
-    return plan_calls(
+    calls = plan_calls(
         batch.plan,
         run.schedule,
         solver=settings.sampler,
@@ -154,9 +147,10 @@ def _call_plan(
         capacity=capacity,
         order=settings.order,
         options=options,
-        device=x_t.device,
-        dtype=x_t.dtype,
+        device=batch.x0.device,
+        dtype=batch.x0.dtype,
     )
+    return PlannedRollout(calls, passed)
 
 
 def _most_calls(run: Run, batch: Batch, capacity: int, with_clean: bool) -> int:

@@ -88,6 +88,11 @@ class Run:
         return fraction_spent(self.config.training.budget, self.step, self.meter)
 
     @functools.cached_property
+    def network_dtype(self) -> torch.dtype:
+        """Of the weights; looked up once, since each look walks all modules."""
+        return next(self.policy.parameters()).dtype
+
+    @functools.cached_property
     def replay(self) -> TracedForward | None:
         """The policy's forward in eval mode without its Python; None where that is not exact."""
         training = self.config.training
@@ -149,7 +154,7 @@ class Run:
             given: rows of what `prepare` made of these times and labels.
         """
         # float64 states exist in tests only; the network runs in its own precision.
-        dtype = next(self.policy.parameters()).dtype
+        dtype = self.network_dtype
         inputs = {
             "sample": sample.to(dtype),
             "timestep": timestep.to(dtype),
@@ -165,9 +170,9 @@ class Run:
         replay = self._forward(average)
         if not isinstance(replay, TracedForward):
             return ()
-        size, dtype = self.dataset.image_size, next(self.policy.parameters()).dtype
+        size = self.dataset.image_size
         shape = (self.dataset.channels, size, size)
-        return replay.prepare(shape, timestep.to(dtype), class_labels)
+        return replay.prepare(shape, timestep.to(self.network_dtype), class_labels)
 
     def _forward(self, average: bool) -> Callable[..., Tensor]:
         replayable = not (average or self.policy.training or torch.is_grad_enabled())

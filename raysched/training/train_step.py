@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from raysched.diffusion.losses import plain_loss, reflexflow_loss
 from raysched.diffusion.randomness import generator
 from raysched.training.batch import Batch, draw_batch
+from raysched.training.feed import Feed
 from raysched.training.inputs import TrainingInputs
 from raysched.training.methods import METHODS
 from raysched.training.setup import Run
@@ -68,15 +69,17 @@ def _named(samples: tuple[int, ...]) -> str:
     return ", ".join(map(str, samples[:5])) + (", …" if len(samples) > 5 else "")
 
 
-def train_step(run: Run, step: int) -> StepResult:
+def train_step(run: Run, step: int, feed: Feed | None = None) -> StepResult:
     """Train on one global batch; the caller has set the learning rate.
 
     Args:
         run: this rank's run; its weights, EMA and meter change unless the loss is not finite.
         step: number of the step, from 0.
+        feed: where the batch comes from, and where the next step's is ordered; without one the
+            batch is made here.
     """
     with run.meter.timed("data"):
-        batch = draw_batch(run, step)
+        batch = draw_batch(run, step) if feed is None else feed.take(step)
     inputs = METHODS[run.config.exposure](run, batch)
     # Dropout draws from the global stream; set per step, it needs no place in a checkpoint.
     torch.manual_seed(generator(run.config.seed, "dropout", step, run.rank).initial_seed())
@@ -93,6 +96,8 @@ def train_step(run: Run, step: int) -> StepResult:
                 # Any row will do where only another rank has some left; it adds nothing.
                 loss = sample_losses(run, inputs, rows if len(rows) else torch.zeros(1).long())
                 loss = loss if len(rows) else 0.0 * loss
+            if feed is not None and number == 1:
+                feed.order(step + 1)
             with run.meter.timed("backward"):
                 run.accelerator.backward(loss.sum() / rows_per_rank)
             losses.append(loss.detach()[: len(rows)])

@@ -1,0 +1,95 @@
+"""Batches made one step ahead, beside the network's work.
+
+Samples, noise and the calls of a step's rollouts depend on the config, the seed and the step's
+number alone, not on the weights. A second thread makes those of the next step while the backward
+pass of this one runs, which needs neither the data nor Python's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from dataclasses import replace
+
+import torch
+
+from raysched.errors import DataError
+from raysched.training.batch import Batch, draw_batch
+from raysched.training.exposure import plan_ahead
+from raysched.training.setup import Run
+
+# A batch takes milliseconds; only storage that is gone lets one take so long.
+LIMIT_S = 600.0
+
+
+def prepared_batch(run: Run, step: int) -> Batch:
+    """A step's batch with all that can be planned before the step begins."""
+    batch = draw_batch(run, step)
+    return replace(batch, planned=plan_ahead(run, batch))
+
+
+class Feed:
+    """Hands out the batches of one rank; `close` ends its thread.
+
+    Args:
+        run: the rank's run; only what doesn't change while it trains is read.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._orders: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
+        self._ordered: int | None = None
+        self._thread: threading.Thread | None = None
+
+    def order(self, step: int) -> None:
+        """Have a step's batch made meanwhile; the one ordered before must have been taken."""
+        assert self._ordered is None, f"the batch of step {self._ordered} was not taken"
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._make, name="raysched-feed", daemon=True)
+            self._thread.start()
+        self._ordered = step
+        self._orders.put(step)
+
+    def take(self, step: int) -> Batch:
+        """The batch of a step: what was made ahead, or made now.
+
+        Raises:
+            DataError: it was not ready within ten minutes.
+            Exception: whatever making it raised.
+        """
+        ordered, self._ordered = self._ordered, None
+        made = None if ordered is None else self._wait(ordered)
+        if ordered != step:  # the first step, or one that nobody foresaw
+            return prepared_batch(self._run, step)
+        if isinstance(made, Exception):
+            raise made
+        assert made is not None
+        return made
+
+    def close(self) -> None:
+        """End the thread; a batch that was ordered is not made or thrown away."""
+        if self._thread is not None:
+            self._orders.put(None)
+            self._thread.join(timeout=5.0)
+            self._thread = None
+
+    def _wait(self, step: int) -> Batch | Exception:
+        try:
+            return self._made.get(timeout=LIMIT_S)
+        except queue.Empty:
+            raise DataError(
+                f"data: the images of step {step + 1} could not be read within {LIMIT_S:.0f} s; "
+                "is the disk with the data set's cache still there? The last checkpoint is kept"
+            ) from None
+
+    def _make(self) -> None:
+        device = self._run.device
+        on_device = torch.cuda.device(device) if device.type == "cuda" else None
+        with on_device or contextlib.nullcontext():
+            while (step := self._orders.get()) is not None:
+                try:
+                    self._made.put(prepared_batch(self._run, step))
+                except Exception as error:  # noqa: BLE001 - raised by the training thread's `take`
+                    self._made.put(error)
