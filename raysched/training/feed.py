@@ -47,8 +47,7 @@ class Feed:
         """Have a step's batch made meanwhile; the one ordered before must have been taken."""
         assert self._ordered is None, f"the batch of step {self._ordered} was not taken"
         if self._thread is None:
-            self._thread = threading.Thread(target=self._make, name="raysched-feed", daemon=True)
-            self._thread.start()
+            self._thread = self._start()
         self._ordered = step
         self._orders.put(step)
 
@@ -75,6 +74,17 @@ class Feed:
             self._thread.join(timeout=5.0)
             self._thread = None
 
+    def _start(self) -> threading.Thread:
+        started = threading.Event()
+        thread = threading.Thread(
+            target=self._make, args=(started,), name="raysched-feed", daemon=True
+        )
+        thread.start()
+        assert started.wait(LIMIT_S), "the thread that makes batches did not start"
+        # What the thread has set for itself is what later threads would begin with.
+        torch.set_num_threads(torch.get_num_threads())
+        return thread
+
     def _wait(self, step: int) -> Batch | Exception:
         try:
             return self._made.get(timeout=LIMIT_S)
@@ -84,9 +94,14 @@ class Feed:
                 "is the disk with the data set's cache still there? The last checkpoint is kept"
             ) from None
 
-    def _make(self) -> None:
+    def _make(self, started: threading.Event) -> None:
         device = self._run.device
         on_device = torch.cuda.device(device) if device.type == "cuda" else None
+        # With a pool of its own there would be more threads than cores, and OpenMP would put the
+        # training's to sleep between any two operators: steps of twice the time.
+        torch.get_num_threads()  # or the thread's first operator would set its number anew
+        torch.set_num_threads(1)
+        started.set()
         with on_device or contextlib.nullcontext():
             while (step := self._orders.get()) is not None:
                 try:

@@ -104,6 +104,29 @@ def test_only_whole_rollouts_are_planned_ahead():
     assert plan_ahead(run, draw_batch(run, 0)) is None  # its chance is still 0
 
 
+def test_the_thread_has_one_core_and_leaves_the_others_theirs(monkeypatch):
+    seen, real, before = [], draw_batch, torch.get_num_threads()
+
+    def watched(run: Any, step: int) -> Any:
+        seen.append(torch.get_num_threads())
+        return real(run, step)
+
+    monkeypatch.setattr(feed_module, "draw_batch", watched)
+    torch.set_num_threads(2)
+    feed = Feed(build_run(rollout_config()))
+    try:
+        feed.order(0)
+        feed.take(0)
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join(timeout=30.0)
+        assert seen == [1, 2]
+        assert torch.get_num_threads() == 2
+    finally:
+        feed.close()
+        torch.set_num_threads(before)
+
+
 def test_a_step_that_nobody_foresaw_is_made_on_the_spot():
     run = build_run(rollout_config())
     feed = Feed(run)
