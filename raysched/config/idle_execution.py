@@ -45,9 +45,18 @@ IDLE_EXECUTION: tuple[Idle, ...] = (
         when(lambda c: c.data.source != "image_folder", "these images have one channel"),
     ),
     Idle(
-        tuple(f"scaling.{f}" for f in ("max_failures", "hang_timeout_s", "resource_timeout_s")),
+        ("scaling.max_failures", "scaling.resource_timeout_s"),
         ("scaling.num_workers",),
         when(lambda c: c.scaling.num_workers == 0, "scaling.num_workers is 0: there is no Ray"),
+        quiet=True,
+    ),
+    Idle(
+        ("scaling.hang_timeout_s",),
+        ("scaling.num_workers", "evaluation.placement"),
+        when(
+            lambda c: c.scaling.num_workers == 0 and c.evaluation.placement != "background",
+            "scaling.num_workers is 0 and no evaluation is beside the training: nobody watches",
+        ),
         quiet=True,
     ),
     Idle(

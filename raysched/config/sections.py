@@ -155,7 +155,8 @@ class ScalingConfig(Section):
     hang_timeout_s: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] | None = Field(
         600.0,
         description="Seconds without progress after which workers count as hung, and are started "
-        "again; longer than the metrics of an evaluation take. null: never.",
+        "again, and an evaluation beside the training is ended and made by a worker; longer than "
+        "the metrics of an evaluation take. null: never.",
     )
     resource_timeout_s: NonNegativeFloat | None = Field(
         60.0,

@@ -2,8 +2,8 @@
 
 Beside the training, the EMA weights of the moment are written to a snapshot, an evaluator works on
 one snapshot after the other, and results are recorded and reported at the step that they belong
-to, in order. An evaluation that fails there is made by rank 0 at once; what has not begun when
-the budget ends is, too. At most `MAX_PENDING` wait: then training waits for the oldest.
+to, in order. An evaluation that fails there, or hangs, is made by rank 0 at once; what has not
+begun when the budget ends is, too. At most `MAX_PENDING` wait: then training waits for the oldest.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from raysched.training.snapshots import (
     grid_file,
     has_started,
     is_whole,
+    last_sign,
     read_snapshot_result,
     snapshot_folder,
     write_snapshot,
@@ -90,7 +91,8 @@ class Evaluations:
         self._evaluator = evaluator
         self._beside = run.config.evaluation.placement == "background"
         self._working: Path | None = None
-        self._next_look = self._since = 0.0
+        self._next_look = self._since = self._signed = 0.0
+        self._sign: int | None = None
         self.pending: list[Moment] = []
         self.looks = 0
 
@@ -167,14 +169,16 @@ class Evaluations:
             if self._evaluator is None:
                 return self._make_here(folder)
             self._evaluator.start(folder)
-            self._working, self._since = folder, time.monotonic()
+            self._working, self._sign = folder, None
+            self._since = self._signed = time.monotonic()
         assert self._evaluator is not None
         with self._run.meter.timed("evaluation"):
             end = self._evaluator.poll(WAIT_S if wait else 0.0)
         if end is None:
-            return self._has_no_place(folder, wait=wait, patient=patient) and self._make_here(
-                folder
-            )
+            if self._has_no_place(folder, wait=wait, patient=patient) or self._hangs(folder):
+                self._evaluator.close()
+                return self._make_here(folder)
+            return False
         self._working = None
         if end.error is None and read_snapshot_result(folder) is not None:
             return True
@@ -189,10 +193,21 @@ class Evaluations:
         """Take back what has not begun and is waited for: the workers may hold all there is."""
         if not wait or has_started(folder):
             return False
-        if patient and time.monotonic() - self._since < PATIENCE_S:
+        return not (patient and time.monotonic() - self._since < PATIENCE_S)
+
+    def _hangs(self, folder: Path) -> bool:
+        """Whether what has begun has made no network call for `scaling.hang_timeout_s`."""
+        limit, sign = self._run.config.scaling.hang_timeout_s, last_sign(folder)
+        if sign != self._sign:
+            self._sign, self._signed = sign, time.monotonic()
+        if sign is None or limit is None or time.monotonic() - self._signed <= limit:
             return False
-        assert self._evaluator is not None
-        self._evaluator.close()
+        log.warning(
+            "step %d: the evaluation beside the training has not got on for %g s "
+            "(scaling.hang_timeout_s); it is ended, and the worker makes it now",
+            self.pending[0].step,
+            limit,
+        )
         return True
 
     def _make_here(self, folder: Path) -> bool:

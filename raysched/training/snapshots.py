@@ -2,8 +2,8 @@
 
 `evaluations/step-00000300/` in the run's folder holds `ema.safetensors`, `job.json` (config, step)
 and, once it is evaluated, `result.json`. The evaluation is the one that the run itself would make
-at that step; `started` says that it has begun. The weights go when the result is
-recorded, the folder at the run's end.
+at that step; `started` says that it has begun, and is touched while the network is called. The
+weights go when the result is recorded, the folder at the run's end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from raysched.config.run import RunConfig
 from raysched.data.dataset import load_dataset
-from raysched.diffusion.compute import ComputeMeter
+from raysched.diffusion.compute import ComputeKind, ComputeMeter
 from raysched.diffusion.schedules import NoiseSchedule
 from raysched.evaluation.evaluate import evaluate
 from raysched.evaluation.grids import sample_grid, save_png
@@ -33,6 +33,8 @@ from raysched.training.files import storage_errors, write_json
 FOLDER = "evaluations"
 WEIGHTS_FILE, JOB_FILE, RESULT_FILE = "ema.safetensors", "job.json", "result.json"
 STARTED_FILE = "started"
+# How often an evaluation shows that it gets on.
+SIGN_S = 0.5
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,6 +88,21 @@ def write_snapshot(
     return folder
 
 
+class _ShownMeter(ComputeMeter):
+    """Counts forwards, and touches a file with them."""
+
+    def __init__(self, sign: Path) -> None:
+        super().__init__()
+        self._sign, self._next = sign, 0.0
+
+    def forward(self, kind: ComputeKind, num_samples: int) -> None:
+        """Count a network call, and show it unless one has just been shown."""
+        super().forward(kind, num_samples)
+        if time.monotonic() >= self._next:
+            self._sign.touch()
+            self._next = time.monotonic() + SIGN_S
+
+
 def evaluate_snapshot(folder: Path) -> None:
     """Evaluate a snapshot; writes `result.json` beside it and the samples' picture.
 
@@ -97,7 +114,7 @@ def evaluate_snapshot(folder: Path) -> None:
     job = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
     config = RunConfig.model_validate(job["config"])
     device = torch.device(job["device"] if torch.cuda.is_available() else "cpu")
-    dataset, meter = load_dataset(config.data), ComputeMeter()
+    dataset, meter = load_dataset(config.data), _ShownMeter(folder / STARTED_FILE)
     network = build_network(
         config.model, dataset.channels, dataset.image_size, dataset.num_classes, seed=config.seed
     )
@@ -157,7 +174,15 @@ def is_whole(folder: Path) -> bool:
 
 def has_started(folder: Path) -> bool:
     """Whether somebody evaluates it, or has done so."""
-    return (folder / STARTED_FILE).is_file()
+    return last_sign(folder) is not None
+
+
+def last_sign(folder: Path) -> int | None:
+    """A number that changes while its evaluation gets on; None before it has begun."""
+    try:
+        return (folder / STARTED_FILE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def forget_start(folder: Path) -> None:

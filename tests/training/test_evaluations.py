@@ -16,7 +16,8 @@ from raysched.training.evaluation_process import ProcessEvaluator
 from raysched.training.loop import train_loop
 from raysched.training.protocols import EvaluationEnd, NullTracker
 from raysched.training.run_folder import holds_run, open_run_folder, read_metrics
-from raysched.training.snapshots import evaluate_snapshot
+from raysched.training.setup import build_run
+from raysched.training.snapshots import evaluate_snapshot, last_sign, write_snapshot
 from raysched.training.stop import clear_stop
 from tests.training.runs import rollout_config, run_loop
 from tests.training.test_resume import StopAt, same_end
@@ -149,6 +150,65 @@ def test_a_killed_evaluation_process_costs_nothing(tmp_path, inline, caplog, mon
     assert killed == ["step-00000003"]
     assert caplog.text.count("failed (its process ended with code -9") == 1
     assert evaluator._process is None
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_hangs_is_ended_and_made_by_the_worker(
+    tmp_path, inline, caplog, monkeypatch
+):
+    evaluator, stopped = ProcessEvaluator(1), []
+    start = evaluator.start
+
+    def start_and_stop_once(folder):
+        start(folder)
+        if not stopped:
+            stopped.append(evaluator._process.pid)
+            (folder / "started").touch()  # as if it had begun: no later than that it is stopped
+            os.kill(evaluator._process.pid, signal.SIGSTOP)
+
+    monkeypatch.setattr(evaluator, "start", start_and_stop_once)
+    result = train(tmp_path / "run", evaluator, scaling__hang_timeout_s=2.0)
+    same_end(result, inline[0])
+    assert evaluations(tmp_path / "run") == inline[1]
+    assert caplog.text.count("has not got on for 2 s (scaling.hang_timeout_s)") == 1
+    assert evaluator._process is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped[0], 0)
+
+
+def test_an_evaluation_that_gets_on_is_waited_for_however_long_it_takes(
+    tmp_path, inline, monkeypatch, caplog
+):
+    clock = [0.0]
+
+    class Slow(LateEvaluator):
+        """Shows a sign in every look, each of which takes two thirds of the limit."""
+
+        def poll(self, timeout_s):
+            clock[0] += 0.7
+            os.utime(self.folder / "started", ns=(self.left, self.left))
+            return super().poll(timeout_s)
+
+    monkeypatch.setattr("raysched.training.evaluations.time.monotonic", lambda: clock[0])
+    result = train(tmp_path / "run", Slow(20), scaling__hang_timeout_s=1.0)
+    same_end(result, inline[0])
+    assert evaluations(tmp_path / "run") == inline[1]
+    assert "has not got on" not in caplog.text
+
+
+def test_an_evaluation_shows_that_it_gets_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("raysched.training.snapshots.SIGN_S", 0.0)
+    run = build_run(rollout_config(**SETTINGS))
+    folder = write_snapshot(tmp_path, run.config, 3, run.policy.state_dict(), "cpu")
+    touched, touch = [], Path.touch
+    monkeypatch.setattr(
+        Path, "touch", lambda path, *a, **k: (touched.append(path.name), touch(path, *a, **k))
+    )
+    assert last_sign(folder) is None
+    evaluate_snapshot(folder)
+    # 2 steps for the samples, 8 for those that they are compared with, and the beginning.
+    assert touched.count("started") == 1 + 2 + 8
+    assert last_sign(folder) is not None
 
 
 RANKS = """
