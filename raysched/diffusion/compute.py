@@ -55,9 +55,13 @@ class ComputeMeter:
 
     Args:
         device: where the network works; on CUDA its phases are timed there.
+        on_forward: called with every forward that is counted.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(
+        self, device: torch.device | None = None, on_forward: Callable[[], None] | None = None
+    ) -> None:
+        self._on_forward = on_forward
         self._count: dict[ComputeKind, int] = dict.fromkeys(KINDS, 0)
         self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._on_cuda = device is not None and device.type == "cuda"
@@ -68,6 +72,8 @@ class ComputeMeter:
     def forward(self, kind: ComputeKind, num_samples: int) -> None:
         """Count a forward without gradient of so many samples (guidance: both branches)."""
         self._count[kind] += num_samples
+        if self._on_forward is not None:
+            self._on_forward()
 
     def gradient(self, num_samples: int) -> None:
         """Count so many trained samples: forward and backward, 3 FE each."""

@@ -12,7 +12,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from raysched.config.run import RunConfig
 from raysched.data.dataset import load_dataset
-from raysched.diffusion.compute import ComputeKind, ComputeMeter
+from raysched.diffusion.compute import ComputeMeter
 from raysched.diffusion.schedules import NoiseSchedule
 from raysched.evaluation.evaluate import evaluate
 from raysched.evaluation.grids import sample_grid, save_png
@@ -88,19 +88,17 @@ def write_snapshot(
     return folder
 
 
-class _ShownMeter(ComputeMeter):
-    """Counts forwards, and touches a file with them."""
+def _sign_of_life(file: Path) -> Callable[[], None]:
+    """Something to call often that touches a file now and then."""
+    touched = -SIGN_S
 
-    def __init__(self, sign: Path) -> None:
-        super().__init__()
-        self._sign, self._next = sign, 0.0
+    def show() -> None:
+        nonlocal touched
+        if time.monotonic() - touched >= SIGN_S:
+            file.touch()
+            touched = time.monotonic()
 
-    def forward(self, kind: ComputeKind, num_samples: int) -> None:
-        """Count a network call, and show it unless one has just been shown."""
-        super().forward(kind, num_samples)
-        if time.monotonic() >= self._next:
-            self._sign.touch()
-            self._next = time.monotonic() + SIGN_S
+    return show
 
 
 def evaluate_snapshot(folder: Path) -> None:
@@ -114,7 +112,8 @@ def evaluate_snapshot(folder: Path) -> None:
     job = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
     config = RunConfig.model_validate(job["config"])
     device = torch.device(job["device"] if torch.cuda.is_available() else "cpu")
-    dataset, meter = load_dataset(config.data), _ShownMeter(folder / STARTED_FILE)
+    dataset = load_dataset(config.data)
+    meter = ComputeMeter(on_forward=_sign_of_life(folder / STARTED_FILE))
     network = build_network(
         config.model, dataset.channels, dataset.image_size, dataset.num_classes, seed=config.seed
     )
