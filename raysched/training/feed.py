@@ -14,13 +14,14 @@ from dataclasses import replace
 
 import torch
 
-from raysched.errors import DataError
+from raysched.errors import StorageError
 from raysched.training.batch import Batch, draw_batch
 from raysched.training.exposure import plan_ahead
 from raysched.training.setup import Run
 
 # A batch takes milliseconds; only storage that is gone lets one take so long.
 LIMIT_S = 600.0
+START_S = 60.0
 
 
 def prepared_batch(run: Run, step: int) -> Batch:
@@ -55,7 +56,7 @@ class Feed:
         """The batch of a step: what was made ahead, or made now.
 
         Raises:
-            DataError: it was not ready within ten minutes.
+            StorageError: it was not ready within ten minutes.
             Exception: whatever making it raised.
         """
         ordered, self._ordered = self._ordered, None
@@ -80,7 +81,7 @@ class Feed:
             target=self._make, args=(started,), name="raysched-feed", daemon=True
         )
         thread.start()
-        assert started.wait(LIMIT_S), "the thread that makes batches did not start"
+        assert started.wait(START_S), "the thread that makes batches did not start"
         # What the thread has set for itself is what later threads would begin with.
         torch.set_num_threads(torch.get_num_threads())
         return thread
@@ -89,7 +90,7 @@ class Feed:
         try:
             return self._made.get(timeout=LIMIT_S)
         except queue.Empty:
-            raise DataError(
+            raise StorageError(
                 f"data: the images of step {step + 1} could not be read within {LIMIT_S:.0f} s; "
                 "is the disk with the data set's cache still there? The last checkpoint is kept"
             ) from None

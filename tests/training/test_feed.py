@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from raysched.errors import DataError
+from raysched.errors import StorageError
 from raysched.models.weights import weights_sha256
 from raysched.training import feed as feed_module
 from raysched.training.batch import draw_batch
@@ -172,7 +172,7 @@ def test_a_batch_that_does_not_come_ends_the_wait_and_names_the_step(monkeypatch
     feed = Feed(build_run(rollout_config()))
     try:
         feed.order(7)
-        with pytest.raises(DataError, match="step 8 could not be read within"):
+        with pytest.raises(StorageError, match="step 8 could not be read within"):
             feed.take(7)
     finally:
         gone.set()
