@@ -128,7 +128,10 @@ def synchronisation() -> dict[str, Any]:
                 rollout_module._run, exposure.plan_rollout = run_calls, make_calls
             row["planning"] = planned[0] if planned else None
             rows[f"{name}_{precision}"] = row
-    passed = all(row["within_calls"] == 0 and (row["planning"] or 0) <= 1 for row in rows.values())
+    passed = all(
+        row["within_calls"] == 0 and row["planning"] is not None and row["planning"] <= 1
+        for row in rows.values()
+    )
     return {"rows": rows, "passed": passed}
 
 

@@ -69,7 +69,8 @@ class CallPlan:
         rolled: (L,) int64, the samples with k > 0.
         with_clean: whether each of them has a clean prediction too.
         in_step: all rows take part in every call, in their order: nothing has to be gathered.
-        noise: (W, D) of ancestral steps, else None.
+        noise: (W, D) of ancestral steps, else None; on the host, since a plan that is made ahead
+            would hold as much of the device's memory as the samples of all forwards.
         guidance_scale: of classifier-free guidance; 1 is off.
         guided: the rows that run a second time without their label; None without guidance.
         kept: the rows whose state is kept, with its place among the kept ones; None if none is.
@@ -264,7 +265,7 @@ class Layout:
         drawn = drawn.flatten(1).to(dtype)
         noise = drawn.new_zeros(samples.numel(), drawn.shape[1])
         noise.index_copy_(0, torch.nonzero(is_lane)[:, 0], drawn)
-        return to_device(noise, device)
+        return noise.pin_memory() if torch.device(device).type == "cuda" else noise
 
     def _kept(
         self, packing: Packing, is_lane: Tensor, lane: Tensor, device: torch.device | str

@@ -163,7 +163,7 @@ def _calls(network: LaneNetwork, calls: CallPlan) -> Iterator[_Call]:
     given = [torch.split(part, sizes) for part in _prepared(network, calls)]
     noise: Sequence[Tensor | None] = (None,) * len(sizes)
     if calls.noise is not None:
-        noise = torch.split(calls.noise, sizes)
+        noise = torch.split(calls.noise.to(calls.rows.device, non_blocking=True), sizes)
     return map(
         _Call._make,
         zip(

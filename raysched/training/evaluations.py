@@ -76,7 +76,7 @@ class Evaluations:
 
     Attributes:
         pending: evaluations that are not recorded yet, oldest first.
-        looks: rises while one is waited for; a sign of life.
+        looks: rises while one is waited for or made; a sign of life.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Evaluations:
 
     def _agree(self, ready: bool) -> bool:
         """Rank 0's view on every rank; only while something is pending."""
-        self.looks += 1
+        self._look()
         if self._run.world_size == 1:
             return ready
         flag = torch.tensor([int(ready)], device=self._run.device)
@@ -213,8 +213,11 @@ class Evaluations:
     def _make_here(self, folder: Path) -> bool:
         self._working = None
         with self._run.meter.timed("evaluation"):
-            evaluate_snapshot(folder)
+            evaluate_snapshot(folder, self._look)
         return True
+
+    def _look(self) -> None:
+        self.looks += 1
 
     def _record_oldest(self) -> None:
         moment = self.pending.pop(0)

@@ -21,6 +21,7 @@ from raysched.evaluation.evaluate import evaluate
 from raysched.evaluation.samples import CONSISTENCY_FACTOR, CONSISTENCY_SAMPLES
 from raysched.evaluation.sampling import num_evaluations, num_steps
 from raysched.models.checkpoint_files import GROUPS
+from raysched.training.feed import Feed
 from raysched.training.optimizer_state import optimizer_tensors
 from raysched.training.out_of_memory import memory_errors
 from raysched.training.setup import Run
@@ -77,7 +78,12 @@ def measure_speed(run: Run, config: RunConfig, *, max_seconds: float = MAX_SECON
     num = min(max(int(max_seconds / pace), MIN_STEPS), MAX_STEPS, max(horizon, MIN_STEPS))
     # The last step first: it has the largest share of rollouts in most runs, and so most memory.
     steps = [horizon - 1, *(int((i + 0.5) * horizon / num) for i in range(num))]
-    measured = [_timed_step(run, step) for step in steps][1:]
+    followers = iter([*steps[1:], None])
+    feed = Feed(run, lambda step: next(followers))
+    try:
+        measured = [_timed_step(run, step, feed) for step in steps][1:]
+    finally:
+        feed.close()
     per_step = _steadied_mean([m.training for m in measured], [1.0] * num)
     rolled = [m for m in measured if m.forwards]
     per_forward = per_step / (GRADIENT_COST * run.config.training.batch_size)
@@ -168,12 +174,12 @@ class _Timing:
     forwards: int
 
 
-def _timed_step(run: Run, step: int) -> _Timing:
+def _timed_step(run: Run, step: int, feed: Feed | None = None) -> _Timing:
     meter = run.meter
     before = meter.seconds("training"), meter.seconds("rollout"), meter.rollout
     run.step = step
     with memory_errors(run.config, step + 1):
-        result = train_step(run, step)
+        result = train_step(run, step, feed)
     if result.failed:
         raise RunFailedError(f"step {step + 1}: {result.describe_failure()}")
     return _Timing(

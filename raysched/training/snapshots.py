@@ -88,8 +88,8 @@ def write_snapshot(
     return folder
 
 
-def _sign_of_life(file: Path) -> Callable[[], None]:
-    """Something to call often that touches a file now and then."""
+def _sign_of_life(file: Path, beside: Callable[[], None] | None) -> Callable[[], None]:
+    """Something to call often that touches a file now and then, and always calls `beside`."""
     touched = -SIGN_S
 
     def show() -> None:
@@ -97,12 +97,18 @@ def _sign_of_life(file: Path) -> Callable[[], None]:
         if time.monotonic() - touched >= SIGN_S:
             file.touch()
             touched = time.monotonic()
+        if beside is not None:
+            beside()
 
     return show
 
 
-def evaluate_snapshot(folder: Path) -> None:
+def evaluate_snapshot(folder: Path, on_forward: Callable[[], None] | None = None) -> None:
     """Evaluate a snapshot; writes `result.json` beside it and the samples' picture.
+
+    Args:
+        folder: of the snapshot; its `started` is touched now and then.
+        on_forward: called with every call of the network.
 
     Raises:
         StorageError, OSError: it can't be read, or the result not written.
@@ -113,7 +119,7 @@ def evaluate_snapshot(folder: Path) -> None:
     config = RunConfig.model_validate(job["config"])
     device = torch.device(job["device"] if torch.cuda.is_available() else "cpu")
     dataset = load_dataset(config.data)
-    meter = ComputeMeter(on_forward=_sign_of_life(folder / STARTED_FILE))
+    meter = ComputeMeter(on_forward=_sign_of_life(folder / STARTED_FILE, on_forward))
     network = build_network(
         config.model, dataset.channels, dataset.image_size, dataset.num_classes, seed=config.seed
     )

@@ -6,7 +6,7 @@ Legend: B samples of the global batch, b of them on this rank, R rolled out, C, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,6 +81,8 @@ def train_step(run: Run, step: int, feed: Feed | None = None) -> StepResult:
     with run.meter.timed("data"):
         batch = draw_batch(run, step) if feed is None else feed.take(step)
     inputs = METHODS[run.config.exposure](run, batch)
+    # The rollouts are over: their noise and tables need no memory during the backward pass.
+    batch = replace(batch, planned=None)
     # Dropout draws from the global stream; set per step, it needs no place in a checkpoint.
     torch.manual_seed(generator(run.config.seed, "dropout", step, run.rank).initial_seed())
     run.network.train()
@@ -97,7 +99,7 @@ def train_step(run: Run, step: int, feed: Feed | None = None) -> StepResult:
                 loss = sample_losses(run, inputs, rows if len(rows) else torch.zeros(1).long())
                 loss = loss if len(rows) else 0.0 * loss
             if feed is not None and number == 1:
-                feed.order(step + 1)
+                feed.order_after(step)
             with run.meter.timed("backward"):
                 run.accelerator.backward(loss.sum() / rows_per_rank)
             losses.append(loss.detach()[: len(rows)])

@@ -25,6 +25,14 @@ result = run_loop(rollout_config(**changes), run_dir, tracker=StopAt(run_dir, st
 print(json.dumps(result.as_json()))
 """
 
+# A rank whose process ends while the other still talks to it is now and then aborted.
+LEAVE = """
+import torch
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+"""
+
 
 def start_ranks(script: str, arguments: list[str], num_ranks: int) -> list[subprocess.Popen]:
     """Start a script once per rank, as torchrun would; the ranks find each other by a port."""
@@ -34,7 +42,7 @@ def start_ranks(script: str, arguments: list[str], num_ranks: int) -> list[subpr
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(num_ranks)}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
+            [sys.executable, "-c", script + LEAVE, *arguments],
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",

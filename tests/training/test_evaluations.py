@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from raysched.training import evaluations as evaluations_module
 from raysched.training.evaluation_process import ProcessEvaluator
-from raysched.training.loop import train_loop
+from raysched.training.loop import Loop, train_loop
 from raysched.training.protocols import EvaluationEnd, NullTracker
 from raysched.training.run_folder import holds_run, open_run_folder, read_metrics
 from raysched.training.setup import build_run
 from raysched.training.snapshots import evaluate_snapshot, last_sign, write_snapshot
 from raysched.training.stop import clear_stop
+from tests.training.ranks import LEAVE
 from tests.training.runs import rollout_config, run_loop
 from tests.training.test_resume import StopAt, same_end
 
@@ -211,6 +213,33 @@ def test_an_evaluation_shows_that_it_gets_on(tmp_path, monkeypatch):
     assert last_sign(folder) is not None
 
 
+def test_a_worker_that_makes_an_evaluation_shows_that_it_gets_on(tmp_path, monkeypatch):
+    words, whole = [], evaluations_module.evaluate_snapshot
+
+    def watched(folder, on_forward):
+        def show():
+            on_forward()
+            words.append(loop.work()[1])
+
+        whole(folder, show)
+
+    monkeypatch.setattr("raysched.training.evaluations.evaluate_snapshot", watched)
+    config = rollout_config(**{**SETTINGS, "evaluation__placement": "background"})
+    open_run_folder(config, tmp_path / "run", resume=False)
+    loop = Loop(
+        build_run(config),
+        tmp_path / "run",
+        lambda m: None,
+        NullTracker(),
+        LateEvaluator(1, "gone"),
+    )
+    loop.restore()
+    assert loop.until_end() == "finished"
+    loop.feed.close()
+    # Three evaluations of 2 + 8 calls; the last is made by the run itself.
+    assert len(words) == len(set(words)) == 30
+
+
 RANKS = """
 import json, sys
 from pathlib import Path
@@ -238,7 +267,7 @@ FEW = {"evaluation__batch_size": 6, "evaluation__nfe": [2, 3], "evaluation__enab
 
 def start(script: str, run_dir: Path, changes: dict, **place: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", script, json.dumps({**FEW, **changes}), str(run_dir)],
+        [sys.executable, "-c", script + LEAVE, json.dumps({**FEW, **changes}), str(run_dir)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **place},
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from raysched.errors import StorageError
 from raysched.models.weights import weights_sha256
+from raysched.training import exposure
 from raysched.training import feed as feed_module
 from raysched.training.batch import draw_batch
 from raysched.training.exposure import plan_ahead
@@ -160,24 +161,68 @@ def test_an_error_of_the_thread_is_raised_by_the_step_that_wanted_the_batch(monk
     assert not feed_threads()
 
 
-def test_a_batch_that_does_not_come_ends_the_wait_and_names_the_step(monkeypatch):
-    gone, real = threading.Event(), draw_batch
+def test_a_slow_batch_is_waited_for_and_a_dead_thread_is_not(monkeypatch):
+    ready, real = threading.Event(), draw_batch
 
-    def stuck(run: Any, step: int) -> Any:
-        assert gone.wait(30.0)
+    def slow(run: Any, step: int) -> Any:
+        assert ready.wait(30.0)
         return real(run, step)
 
-    monkeypatch.setattr(feed_module, "draw_batch", stuck)
-    monkeypatch.setattr(feed_module, "LIMIT_S", 0.05)
+    looks: list[float] = []
+    monkeypatch.setattr(feed_module, "draw_batch", slow)
+    monkeypatch.setattr(feed_module, "LOOK_S", 0.01)
     feed = Feed(build_run(rollout_config()))
-    try:
-        feed.order(7)
-        with pytest.raises(StorageError, match="step 8 could not be read within"):
-            feed.take(7)
-    finally:
-        gone.set()
-        feed.close()
+    get = feed._made.get
+
+    class Watched:
+        """The queue, which lets the batch be made at the third look."""
+
+        put = feed._made.put
+
+        def get(self, timeout: float) -> Any:
+            looks.append(timeout)
+            if len(looks) == 3:
+                ready.set()
+            return get(timeout=timeout if len(looks) < 3 else 30.0)
+
+    feed._made = Watched()  # type: ignore[assignment]
+    feed.order(7)
+    assert feed.take(7).step == 7
+    assert len(looks) == 3
+    feed.order(8)
+    assert feed.take(8).step == 8
+    thread = feed._thread
+    assert thread is not None
+    feed._orders.put(None)
+    thread.join(timeout=30.0)
+    feed.order(9)
+    with pytest.raises(RuntimeError, match="the thread that makes batches is gone"):
+        feed.take(9)
     assert not feed_threads()
+
+
+def test_the_plan_of_a_step_is_gone_before_its_backward_pass(monkeypatch):
+    run = build_run(config_of("ancestral"))
+    feed, alive, seen = Feed(run), [], []
+    backward, rolled = run.accelerator.backward, exposure.roll_out
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        alive.append(weakref.ref(args[3].calls))
+        return rolled(*args, **kwargs)
+
+    def counted(loss: torch.Tensor) -> None:
+        seen.append(alive[-1]() is not None)
+        backward(loss)
+
+    monkeypatch.setattr(exposure, "roll_out", watched)
+    monkeypatch.setattr(run.accelerator, "backward", counted)
+    try:
+        for step in range(4):
+            train_step(run, step, feed)
+    finally:
+        feed.close()
+    assert len(seen) == 4
+    assert not any(seen)
 
 
 @pytest.mark.parametrize("learning_rate", [1e-3, 1e30])
