@@ -72,7 +72,12 @@ def probe(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Folders of runs or checkpoints.")
     ],
-    out: Annotated[str | None, typer.Option(help="Folder; default: probe/ in the first.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder; default: probe/ in the first run, probe-STEP/ of a checkpoint."
+        ),
+    ] = None,
     num_samples: Annotated[int, typer.Option(min=8, help="States sampled from noise.")] = 400,
     num_pairs: Annotated[int, typer.Option(min=8, help="Rollouts per place on the path.")] = 128,
     steps: Annotated[int, typer.Option(min=2, help="Steps of the path's grid.")] = 20,

@@ -38,7 +38,9 @@ def _source(c: RunConfig) -> str | None:
     if c.noise_schedule.kind != "flow":
         low = max(math.ceil(s.t_min * count), 1) / count
         high, step = math.floor(high * count + _TOLERANCE) / count, max(step, 1 / count)
-    if high > low and high - low >= step - _TOLERANCE:
+    # A flow's targets are continuous: exactly one step of room is room for no target.
+    least = step + _TOLERANCE if c.noise_schedule.kind == "flow" and step else step - _TOLERANCE
+    if high > low and high - low >= least:
         return None
     return (
         f"leaves no room for a rollout step above t_min ({s.t_min:g}), got {s.source_t_max:g}, "
@@ -90,7 +92,7 @@ ROLLOUT_ERRORS: tuple[Rule, ...] = (
         SS + "source_t_max",
         (SS + "t_min", SS + "grid", "noise_schedule.kind", "noise_schedule.shift"),
         _source,
-        (SS + "t_min", SS + "source_t_max"),
+        (SS + "t_min", SS + "source_t_max", SS + "grid"),
     ),
     Rule(SS + "ancestral", (SS + "sampler",), _ancestral_sampler),
     Rule(SS + "target", (SS + "ancestral",), _ancestral_target),

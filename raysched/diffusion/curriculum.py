@@ -148,6 +148,14 @@ def plan_from_steps(
     return _plan(schedule, target_u, nodes, k, int((k < num_steps).sum()))
 
 
+def draw_step(config: RunConfig, schedule: NoiseSchedule, step: int) -> RolloutPlan:
+    """The plan of the global batch of an optimizer step, times included: what training draws."""
+    seed, size = config.seed, config.training.batch_size
+    indices = torch.arange(step * size, (step + 1) * size)
+    target_u = schedule.training_u(uniforms(seed, "time", step, indices)[:, 0])
+    return draw_plan(config, schedule, target_u, seed, step, indices)
+
+
 def draw_plan(
     config: RunConfig,
     schedule: NoiseSchedule,

@@ -1,29 +1,34 @@
 """What a run will cost in forward equivalents, in closed form, before it is started.
 
-Nothing is drawn. `offset_law` knows the expected length of a rollout; everything else is
-multiplication, one small function per factor. Only the padding of calls (`bucket`) needs an
-approximation: that the forwards of a step are normally distributed.
+`offset_law` knows the expected length of a rollout; everything else is multiplication, one small
+function per factor. Only the padding of calls (`bucket`) needs an approximation: that the forwards
+of a step are normally distributed. Nothing is drawn for that. A short run of few samples may miss
+its expectation by some percent: `drawn_forecast` counts the rollouts that it will draw.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from raysched.config.run import RunConfig
 from raysched.diffusion.compute import GRADIENT_COST
-from raysched.diffusion.curriculum import max_offset_at, probability_at
+from raysched.diffusion.curriculum import draw_step, max_offset_at, probability_at
 from raysched.diffusion.offset_law import OffsetLaw, above_the_floor, offset_law
-from raysched.diffusion.schedules import CLAMP_TOLERANCE
+from raysched.diffusion.parameterization import ANCHOR_SIGMA_FLOOR
+from raysched.diffusion.reuse import passed_states
+from raysched.diffusion.schedules import CLAMP_TOLERANCE, NoiseSchedule
 
 # A ramp is summed step by step up to so many steps, and by as many midpoints beyond.
 MAX_RAMP_STAGES = 4096
 # Quantiles of the normal law that padding is averaged over.
 NORMAL_POINTS = 64
+# Runs of more steps are near enough to their expectation, and would take seconds to draw.
+MAX_DRAWN_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -249,3 +254,42 @@ def forecast_run(
         rollout += num * stage.step.rollout
         training += num * stage.step.training
     return RunForecast(steps, rollout, training, step_forecast(config, 0), last)
+
+
+def drawn_forecast(config: RunConfig, forecast: RunForecast) -> RunForecast:
+    """The same run with the rollouts that its steps will draw in place of the expected ones.
+
+    Args:
+        config: the resolved run.
+        forecast: of `forecast_run`.
+
+    Returns:
+        The forecast as it was for long runs, for budgets that are not in steps (there the draws
+        change the number of steps, hardly the FE), and where calls are padded.
+    """
+    given = config.training.budget.steps is not None and config.rollout.bucket == 1
+    if not given or forecast.steps > MAX_DRAWN_STEPS or not forecast.rollout:
+        return forecast
+    schedule = NoiseSchedule.from_config(config.noise_schedule)
+    steps = [_drawn_step(config, schedule, step) for step in range(forecast.steps)]
+    return replace(
+        forecast,
+        rollout=float(sum(rollout for rollout, _ in steps)),
+        training=float(sum(training for _, training in steps)),
+    )
+
+
+def _drawn_step(config: RunConfig, schedule: NoiseSchedule, step: int) -> tuple[int, int]:
+    """FE of the rollouts and of the gradient of one step, as it will be drawn."""
+    size, plan = config.training.batch_size, draw_step(config, schedule, step)
+    rolled = plan.rolled
+    if config.exposure == "self_correction":
+        rolled = rolled & (schedule.alpha_sigma(plan.target_u)[1] >= ANCHOR_SIGMA_FLOOR)
+    num_rolled, num_unit_steps = int(rolled.sum()), int((plan.num_steps * rolled).sum())
+    passed = len(passed_states(plan, schedule, config.rollout))
+    rollout = (
+        forwards_per_unit_step(config) * num_unit_steps * price_of_a_forward(config)
+        + clean_forwards(config) * num_rolled
+        + other_forwards(config) * size
+    )
+    return rollout, GRADIENT_COST * (size + passed)

@@ -117,7 +117,7 @@ def _unique_names(paths: Sequence[Path], sources: Sequence[ModelSource]) -> list
         count += 1
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{twice}: named twice; name every run once")
+        raise UserError(f"{Path(*Path(twice).parts)}: named twice; name every run once")
     return names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from raysched.report.figures import save_figure
 from raysched.report.probe_figures import drift_figure, population_figure, quality_figure
 from raysched.tracking.files import log_files
 from raysched.training.files import storage_errors
+from raysched.training.out_of_memory import memory_for
 
 FOLDER = "probe"
 TABLE_FILE = "probe.parquet"
@@ -84,14 +86,15 @@ def probe_runs(
 
     Args:
         paths: folders of runs, checkpoints or pipelines.
-        out: folder of the report; default: `probe/` in the first one's run.
+        out: folder of the report; default: `probe/` in the first one's run, with the step behind
+            the name where a checkpoint was named.
         settings: how much to measure.
         weights: averaged or last weights.
         log: send the figures to the MLflow runs of those that were tracked.
 
     Raises:
         UserError: no such models, no common data, or no place to write to.
-        RunFailedError: a network's states are not finite.
+        RunFailedError: a network's states are not finite, or memory ran out.
     """
     settings = settings or ProbeSettings()
     if settings.max_offset > settings.num_steps:
@@ -105,21 +108,20 @@ def probe_runs(
             f"data.holdout_fraction: a probe needs at least {MIN_IMAGES} held-out images, got "
             f"{len(dataset.holdout_indices)}"
         )
-    materials = prepare(dataset, settings)
-    target = out or runs[0].source.home / FOLDER
-    found = [_measure(run, materials) for run in runs]
+    target = out or _default_folder(runs[0], paths[0])
+    with _writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+    with memory_for(f"--num-samples {settings.num_samples}, --num-pairs {settings.num_pairs}"):
+        materials = prepare(dataset, settings)
+        found = [_measure(run, materials) for run in runs]
     tables = [each.intervals() for each in found]
     comparisons, notes = compare_runs(runs, found)
     labels = [run.label for run in runs]
-    with storage_errors(target, "writing the probe's report"):
-        target.mkdir(parents=True, exist_ok=True)
+    with _writing(target):
         table = write_table(dict(zip((r.name for r in runs), tables, strict=True)), target)
         figures = write_figures(labels, tables, target, METRIC_LABELS[settings.metric])
-    words = [
-        w
-        for label, each in zip(labels, found, strict=True)
-        for w in describe(label, each, settings.solver)
-    ]
+    pairs = zip(labels, found, strict=True)
+    words = [w for label, each in pairs for w in describe(label, each, settings.solver)]
     sent = _log(runs, [*figures.values(), table]) if log else []
     return ProbeReport(
         out=target,
@@ -135,6 +137,17 @@ def probe_runs(
             *sent,
         ),
     )
+
+
+def _writing(target: Path) -> AbstractContextManager[None]:
+    return storage_errors(target, "writing the probe's report", setting="--out")
+
+
+def _default_folder(run: ProbedRun, path: Path) -> Path:
+    """`probe/` in the run; a checkpoint of it has a folder of its own."""
+    home = run.source.home
+    own = path.resolve() != home.resolve() and path.name.startswith("step-")
+    return home / (f"{FOLDER}-{path.name}" if own else FOLDER)
 
 
 def write_table(tables: Mapping[str, Mapping[Key, Interval]], folder: Path) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raysched.data.batches import batch_indices
 from raysched.diffusion.calls import CallPlan
-from raysched.diffusion.curriculum import RolloutPlan, draw_plan
+from raysched.diffusion.curriculum import RolloutPlan, draw_step
 from raysched.diffusion.randomness import normals, uniforms
 from raysched.diffusion.reuse import PassedStates
 from raysched.diffusion.transfer import to_device
@@ -76,12 +76,10 @@ class Batch:
 def draw_batch(run: Run, step: int) -> Batch:
     """Draw the global batch's plan, deal it to the ranks, and load this rank's samples."""
     config, seed, size = run.config, run.config.seed, run.config.training.batch_size
-    global_indices = torch.arange(step * size, (step + 1) * size)
-    target_u = run.schedule.training_u(uniforms(seed, "time", step, global_indices)[:, 0])
-    plan = draw_plan(config, run.schedule, target_u, seed, step, global_indices)
+    plan = draw_step(config, run.schedule, step)
     hands = deal(plan.num_steps, run.world_size)
     mine = hands[run.rank]
-    indices = global_indices[mine]
+    indices = step * size + mine
     rows = batch_indices(seed, step, size, run.dataset.train_indices)[mine]
     dropped = uniforms(seed, "label_dropout", step, indices)[:, 0] < config.model.label_dropout
     labels = torch.where(dropped, run.dataset.num_classes, run.dataset.labels_at(rows))

@@ -15,8 +15,15 @@ from raysched.errors import StorageError
 
 
 @contextmanager
-def storage_errors(path: Path, doing: str) -> Iterator[None]:
+def storage_errors(
+    path: Path, doing: str, *, setting: str = "training.output_dir"
+) -> Iterator[None]:
     """Turn a full disk or a folder that can't be written into one clear message.
+
+    Args:
+        path: the folder.
+        doing: what was being done.
+        setting: what to set for another folder.
 
     Raises:
         StorageError: naming the folder, what was being done, and how to mend it.
@@ -25,15 +32,15 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         reasons = {
-            errno.ENOSPC: "no space left on the device: free some, or set training.output_dir",
-            errno.EDQUOT: "the disk quota is used up: free some, or set training.output_dir",
+            errno.ENOSPC: f"no space left on the device: free some, or set {setting}",
+            errno.EDQUOT: f"the disk quota is used up: free some, or set {setting}",
             errno.EFBIG: "the file would exceed the allowed size (ulimit -f)",
-            errno.EROFS: "the file system is read-only: set training.output_dir",
-            errno.EACCES: "permission denied: set training.output_dir to a folder of yours",
-            errno.EPERM: "permission denied: set training.output_dir to a folder of yours",
-            errno.ENOENT: "no folder can be made there: set training.output_dir",
-            errno.ENOTDIR: "a file stands where a folder is needed: set training.output_dir",
-            errno.EEXIST: "a file stands where a folder is needed: set training.output_dir",
+            errno.EROFS: f"the file system is read-only: set {setting}",
+            errno.EACCES: f"permission denied: set {setting} to a folder of yours",
+            errno.EPERM: f"permission denied: set {setting} to a folder of yours",
+            errno.ENOENT: f"no folder can be made there: set {setting}",
+            errno.ENOTDIR: f"a file stands where a folder is needed: set {setting}",
+            errno.EEXIST: f"a file stands where a folder is needed: set {setting}",
         }
         if error.errno not in reasons:
             raise

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from raysched.config.run import RunConfig
-from raysched.errors import EXIT_FAILED, UserError
+from raysched.errors import EXIT_FAILED, RunFailedError, UserError
 from raysched.training.files import write_json
 
 # What C++ code says; oneDNN has no better words when its buffers can't be had.
@@ -62,6 +62,24 @@ def memory_errors(config: RunConfig, step: int) -> Iterator[None]:
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StepMemoryError(f"step {step}: {advice(config)} ({first[:200]})") from None
+
+
+@contextlib.contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Turn what an allocator raises outside training into one clear message.
+
+    Args:
+        what: the options, with their values, that want so much.
+
+    Raises:
+        RunFailedError: naming them.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailedError(f"memory ran out with {what}; lower them") from None
 
 
 def advice(config: RunConfig) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from raysched.config.run import RunConfig
-from raysched.diffusion.forecast import RunForecast, forecast_run
+from raysched.diffusion.forecast import RunForecast, drawn_forecast, forecast_run
 from raysched.training.budget import DEFAULT_EVALUATIONS
 from raysched.training.measure import (
     MAX_SECONDS,
@@ -107,7 +107,7 @@ def plan_run(
     with _left_as_found(config.scaling.cpus_per_worker):
         run = build_run(_one_workers_share(config))
         speed = measure_speed(run, config, max_seconds=max_seconds)
-        forecast = forecast_run(config, speed.seconds_of)
+        forecast = drawn_forecast(config, forecast_run(config, speed.seconds_of))
         count = count_evaluations(config, forecast)
         evaluation = evaluation_seconds(run, speed, count) if with_evaluation else 0.0
         checkpoint = checkpoint_bytes(run)

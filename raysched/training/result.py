@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from raysched.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
 from raysched.training.protocols import RunStatus
 
 RESULT_FILE = "result.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,19 @@ def finite_json(value: Any) -> Any:
 
 
 def read_result(run_dir: Path) -> RunResult | None:
-    """The stored result of a run's folder, None where the run has not ended yet."""
+    """The stored result of a run's folder, None where the run has not ended yet.
+
+    A damaged file counts as none, with a warning: `--resume` makes it anew from the checkpoints.
+    """
     path = run_dir / RESULT_FILE
     if not path.is_file():
         return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    stored["metrics"] = {
-        key: math.nan if value is None else value for key, value in stored["metrics"].items()
-    }
-    return RunResult(**stored)
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored["metrics"] = {
+            key: math.nan if value is None else value for key, value in stored["metrics"].items()
+        }
+        return RunResult(**stored)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        log.warning("%s: damaged, passed over; --resume of its run makes it anew", path)
+        return None

@@ -265,6 +265,13 @@ def make_accelerator(config: RunConfig) -> Any:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     on_cpu = config.training.device == "cpu" or not torch.cuda.is_available()
+    # Workers that were given no GPU train on the CPU, as a warning has said.
+    given = config.scaling.use_gpu or config.scaling.num_workers == 0
+    if on_cpu and given and config.training.device == "cuda":
+        raise ConfigError(
+            "training.device: cuda, but PyTorch finds no GPU in this process; use cpu, or auto, "
+            "which takes a GPU where there is one"
+        )
     if on_cpu and config.training.precision == "fp16":
         raise ConfigError(
             "training.precision: fp16 scales its losses on a GPU only, and this process has none; "

@@ -24,6 +24,8 @@ MISTAKES = [
     (mapping(t_min=0.6, source_t_max=0.5), "source_t_max", "no sample can be a target"),
     (mapping(t_min=0.5, source_t_max=0.52, grid=10), "source_t_max", "no room for a rollout"),
     (mapping("linear", t_min=0.7, source_t_max=0.7), "source_t_max", "no room for a rollout"),
+    (mapping(grid=1), "source_t_max", "no room for a rollout"),
+    (mapping(t_min=0.5, source_t_max=0.6, grid=10), "source_t_max", "no room for a rollout"),
     (mapping(t_min=1.0), "t_max", "leaves no target"),
     (mapping(ancestral=True), "ancestral", "must be false unless sampler is euler"),
     (mapping(ancestral=True, sampler="euler", target="original"), "target", "must be anchored or"),
@@ -55,7 +57,7 @@ def test_settings_that_cannot_work_are_one_line_with_path_and_rule(config, field
     [
         mapping("linear", t_min=0.5, t_max=0.5),
         mapping("linear", t_min=0.5, source_t_max=0.501),
-        mapping(t_min=0.5, source_t_max=0.6, grid=10),
+        mapping(t_min=0.5, source_t_max=0.61, grid=10),
         mapping(t_min=0.5, source_t_max=0.50001, grid="jump", max_step_offset=1),
         mapping(t_min=0.2, t_max=0.6, source_t_max=0.9, stratified=True, reuse=3),
         mapping(guidance_scale=2.0, policy="ema", dropout=True, bucket=8, model={"dropout": 0.1}),

@@ -59,7 +59,7 @@ MISTAKES = [
         f"{SS}.grid: choice: must be ≤ noise_schedule.num_train_timesteps (1000), got 2000",
     ),
     (
-        {f"{SS}.grid": {"randint": [1, 1002]}},
+        {f"{SS}.grid": {"randint": [2, 1002]}},
         f"{SS}.grid: randint: high - 1: must be ≤ noise_schedule.num_train_timesteps (1000), "
         "got 1001",
     ),

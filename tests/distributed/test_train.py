@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
 from raysched.distributed.train import train
 from raysched.errors import ConfigError
+from raysched.training.result import read_result
+from raysched.training.setup import make_accelerator
 from tests.training.runs import small_config
 
 
@@ -27,3 +30,26 @@ def test_a_finished_run_is_only_read_and_other_settings_are_refused_by_name(tmp_
         "optimizer.learning_rate",
         "training.batch_size",
     ]
+
+
+@pytest.mark.parametrize("content", ["", "{bad", "null", "{}", '{"metrics": 3}'])
+def test_a_damaged_result_is_passed_over_and_made_anew(tmp_path, content, caplog):
+    console = Console(file=io.StringIO(), width=200)
+    run_dir = tmp_path / "run"
+    place = {"training__output_dir": str(run_dir), "tracking__enabled": False}
+    first = train(small_config(**place), resume=False, console=console)
+    (run_dir / "result.json").write_text(content)
+    assert read_result(run_dir) is None
+    assert f"{run_dir / 'result.json'}: damaged" in caplog.text
+    again = train(small_config(**place), resume=True, console=console)
+    assert again.status == "finished"
+    assert again.weights_sha256 == first.weights_sha256
+    assert read_result(run_dir) is not None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_where_it_is_asked_for():
+    with pytest.raises(ConfigError, match=r"training\.device: cuda, but PyTorch finds no GPU"):
+        make_accelerator(small_config(training__device="cuda"))
+    warned = small_config(training__device="cuda", scaling__num_workers=1)
+    assert make_accelerator(warned).device.type == "cpu"

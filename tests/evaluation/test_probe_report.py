@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from raysched.config.loading import write_yaml
 from raysched.config.run import TrackingConfig
-from raysched.errors import RunFailedError, UserError
+from raysched.errors import RunFailedError, StorageError, UserError
 from raysched.evaluation.probe import ProbeSettings
 from raysched.models.export import save_pipeline
 from raysched.models.weights import load_weights, save_weights
@@ -100,6 +101,37 @@ def test_a_pipeline_and_another_noise_schedule_are_measured_beside_runs(runs, tm
     assert [c.run for c in found.comparisons] == ["alone (training unknown)"]
     (note,) = found.notes
     assert note.startswith("alone and cosine have different noise schedules")
+
+
+def test_a_checkpoint_has_a_folder_of_its_own_beside_the_run_s(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    whole = probe_runs([run], settings=FAST, log=False)
+    one = probe_runs([run / "checkpoints" / "step-00000010"], settings=FAST, log=False)
+    assert whole.out == run / "probe"
+    assert one.out == run / "probe-step-00000010"
+    assert (whole.out / "population.png").is_file()
+    assert (one.out / "population.png").is_file()
+
+
+def test_a_place_that_takes_no_report_is_told_before_anything_is_measured(
+    runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def measured(*args):
+        raise AssertionError("measured first")
+
+    monkeypatch.setattr("raysched.report.probe_report._measure", measured)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="a file stands where a folder is needed: set --out"):
+        probe_runs([runs[0]], settings=FAST, out=tmp_path / "file")
+
+
+def test_memory_that_runs_out_in_a_probe_is_one_message(runs, monkeypatch: pytest.MonkeyPatch):
+    def greedy(*args):
+        return torch.empty(2**60)
+
+    monkeypatch.setattr("raysched.report.probe_report._measure", greedy)
+    with pytest.raises(RunFailedError, match="memory ran out with --num-samples 16, --num-pairs"):
+        probe_runs([runs[0]], settings=FAST)
 
 
 def test_what_cannot_be_probed_is_told_in_one_message(runs, tmp_path: Path):

@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from raysched.cli import main
 from raysched.config.loading import write_yaml
+from raysched.diffusion.forecast import MAX_DRAWN_STEPS, drawn_forecast, forecast_run
 from raysched.errors import DataError
 from raysched.training import measure
 from raysched.training.checkpoint import checkpoint_folders
@@ -93,6 +94,75 @@ def test_the_forecast_of_compute_and_disk_is_what_the_run_then_takes(
     assert plan.rollout > 0
     assert plan.disk_bytes == pytest.approx(result.compute["disk_bytes"], rel=0.02)
     assert set(SHARED) <= plan.as_json().keys() & result.compute.keys()
+
+
+SHORT: dict[str, dict[str, Any]] = {
+    "reflexflow": {},
+    "wide rollouts": {
+        "prediction_type": "epsilon",
+        "noise_schedule__kind": "linear",
+        "noise_schedule__num_train_timesteps": 100,
+        "scheduled_sampling__reflexflow_norm": None,
+        "scheduled_sampling__grid": 33,
+        "scheduled_sampling__max_step_offset": 40,
+        "scheduled_sampling__t_max": 0.5,
+        "scheduled_sampling__source_t_max": 0.7,
+        "scheduled_sampling__strategy": "biased_late",
+        "scheduled_sampling__sampler": "dpm",
+    },
+    "reuse": {
+        "scheduled_sampling__sampler": "euler",
+        "scheduled_sampling__ancestral": True,
+        "scheduled_sampling__reuse": "all",
+        "scheduled_sampling__max_step_offset": 9,
+    },
+    "strata, guidance, ramp": {
+        "scheduled_sampling__probability": None,
+        "scheduled_sampling__prob_end": 0.9,
+        "scheduled_sampling__ramp_steps": 8,
+        "scheduled_sampling__stratified": True,
+        "scheduled_sampling__guidance_scale": 2.0,
+    },
+    "jump with gradient": {
+        "scheduled_sampling__grid": "jump",
+        "scheduled_sampling__max_step_offset": 1,
+        "scheduled_sampling__sampler": "euler",
+        "scheduled_sampling__jump_gradient": True,
+    },
+    "self-correction": {"exposure": "self_correction"},
+    "defar": {"exposure": "defar"},
+    "dream": {"exposure": "dream", "prediction_type": "epsilon", "noise_schedule__kind": "cosine"},
+}
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_the_compute_of_a_short_run_is_known_to_the_last_forward(
+    case: str, tmp_path: Path
+) -> None:
+    changes = SHORT[case]
+    if "exposure" not in changes:
+        on = {key.replace(".", "__"): value for key, value in ROLLOUT.items()}
+        changes = {key: value for key, value in {**on, **changes}.items() if value is not None}
+    config = small_config(**changes)
+    plan, compute = plan_run(config), run_loop(config, tmp_path).compute
+    found = {key: compute[key] for key in ("forward_equivalents", "rollout", "training")}
+    assert found == {
+        "forward_equivalents": plan.forward_equivalents,
+        "rollout": plan.rollout,
+        "training": plan.training,
+    }
+    assert plan.rollout > 0
+
+
+def test_a_long_run_is_forecast_without_its_draws() -> None:
+    config = rollout_config(training__budget__steps=MAX_DRAWN_STEPS + 1)
+    forecast = forecast_run(config)
+    assert drawn_forecast(config, forecast) is forecast
+    drawn = rollout_config(training__budget__steps=MAX_DRAWN_STEPS)
+    expected = forecast_run(drawn).rollout
+    counted = drawn_forecast(drawn, forecast_run(drawn)).rollout
+    assert counted == int(counted) != expected
+    assert counted == pytest.approx(expected, rel=0.02)
 
 
 def test_a_plain_run_is_forecast_exactly() -> None:
