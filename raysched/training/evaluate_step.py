@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from raysched.errors import RunFailedError
 from raysched.evaluation.crew import ALONE, Crew
@@ -50,9 +52,8 @@ def evaluate_run(run: Run, run_dir: Path, tracker: Tracker, *, final: bool) -> d
     with run.meter.timed("evaluation"), averaged(run) as network, run.accelerator.autocast():
         if crew.size == 1 and run.rank:
             return {}
-        replay = run.replay if network is run.policy else None
         evaluation = evaluate(
-            replay or network,
+            replayed(run, network),
             config=run.config,
             dataset=run.dataset,
             schedule=run.schedule,
@@ -65,6 +66,12 @@ def evaluate_run(run: Run, run_dir: Path, tracker: Tracker, *, final: bool) -> d
     if run.rank == 0:
         _keep(run, run_dir, tracker, evaluation, final=final)
     return evaluation.metrics
+
+
+def replayed(run: Run, network: nn.Module) -> Callable[..., Tensor]:
+    """A run's network as evaluation calls it: recorded where that gives the same bits."""
+    recorded = run.replay if network is run.policy else None
+    return recorded or network
 
 
 def run_crew(run: Run) -> Crew:

@@ -21,11 +21,13 @@ from raysched.evaluation.evaluate import evaluate
 from raysched.evaluation.samples import CONSISTENCY_FACTOR, CONSISTENCY_SAMPLES
 from raysched.evaluation.sampling import num_evaluations, num_steps
 from raysched.models.checkpoint_files import GROUPS
+from raysched.training.evaluate_step import replayed
 from raysched.training.feed import Feed
 from raysched.training.optimizer_state import optimizer_tensors
 from raysched.training.out_of_memory import memory_errors
 from raysched.training.setup import Run
 from raysched.training.train_step import train_step
+from raysched.training.wrapping import averaged
 
 WARM_UP_STEPS = 3
 # Measuring goes on until one of the upper limits, and past the time limit up to the lower one.
@@ -110,9 +112,9 @@ def evaluation_seconds(run: Run, speed: Speed, count: int) -> float:
     per_forward = speed.per_step / (GRADIENT_COST * run.config.training.batch_size)
     if per_forward * usual < MAX_EVALUATION_SECONDS:
         start = time.perf_counter()
-        with run.ema.applied(run.policy), run.accelerator.autocast():
+        with averaged(run) as network, run.accelerator.autocast():
             evaluate(
-                run.policy,
+                replayed(run, network),
                 config=run.config,
                 dataset=run.dataset,
                 schedule=run.schedule,
