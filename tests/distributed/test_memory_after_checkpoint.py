@@ -26,12 +26,12 @@ def test_half_the_micro_batch_goes_on_from_the_checkpoint(tmp_path, monkeypatch)
     straight = run_loop(config, tmp_path / "straight")
     step, begun = loop.train_step, []
 
-    def scarce(run, number):
+    def scarce(run, number, feed):
         begun.append(number)
         rows = run.config.training.batch_size // run.config.training.gradient_accumulation
         if number >= LIMIT_FROM and rows > LARGEST:
             raise RuntimeError(REFUSAL)
-        return step(run, number)
+        return step(run, number, feed)
 
     monkeypatch.setattr(loop, "train_step", scarce)
     run_dir = tmp_path / "run"
