@@ -131,6 +131,15 @@ def other_forwards(config: RunConfig) -> int:
     return 1 if config.exposure == "dream" else 0
 
 
+def making_inputs(config: RunConfig, num_unit_steps: float, num_rolled: float) -> float:
+    """FE of a step's inputs without padding: rollouts, clean and other predictions."""
+    return (
+        forwards_per_unit_step(config) * num_unit_steps * price_of_a_forward(config)
+        + clean_forwards(config) * num_rolled
+        + other_forwards(config) * config.training.batch_size
+    )
+
+
 def padding(config: RunConfig, law: OffsetLaw, chance: float) -> float:
     """Expected FE of the rows that fill the calls of a step up to multiples of `bucket`."""
     rollout, training = config.rollout, config.training
@@ -190,14 +199,10 @@ def step_forecast(config: RunConfig, step: int) -> StepForecast:
         if config.exposure == "self_correction":
             law = above_the_floor(config.noise_schedule, law)
     num_rolled, num_unit_steps = size * chance * law.rolled, size * chance * law.steps
-    forwards = forwards_per_unit_step(config) * num_unit_steps * price_of_a_forward(config)
     return StepForecast(
         num_rolled=num_rolled,
         num_unit_steps=num_unit_steps,
-        rollout=forwards
-        + clean_forwards(config) * num_rolled
-        + padding(config, law, chance)
-        + other_forwards(config) * size,
+        rollout=making_inputs(config, num_unit_steps, num_rolled) + padding(config, law, chance),
         training=GRADIENT_COST * size * (1 + chance * law.passed),
         # A target at the very end of the path has no chance, but a rounding's worth of one.
         max_offset=sum(of_at_least > CLAMP_TOLERANCE for of_at_least in law.tail),
@@ -279,7 +284,7 @@ def drawn_forecast(config: RunConfig, forecast: RunForecast) -> RunForecast:
     )
 
 
-def _drawn_step(config: RunConfig, schedule: NoiseSchedule, step: int) -> tuple[int, int]:
+def _drawn_step(config: RunConfig, schedule: NoiseSchedule, step: int) -> tuple[float, int]:
     """FE of the rollouts and of the gradient of one step, as it will be drawn."""
     size, plan = config.training.batch_size, draw_step(config, schedule, step)
     rolled = plan.rolled
@@ -287,9 +292,4 @@ def _drawn_step(config: RunConfig, schedule: NoiseSchedule, step: int) -> tuple[
         rolled = rolled & (schedule.alpha_sigma(plan.target_u)[1] >= ANCHOR_SIGMA_FLOOR)
     num_rolled, num_unit_steps = int(rolled.sum()), int((plan.num_steps * rolled).sum())
     passed = len(passed_states(plan, schedule, config.rollout))
-    rollout = (
-        forwards_per_unit_step(config) * num_unit_steps * price_of_a_forward(config)
-        + clean_forwards(config) * num_rolled
-        + other_forwards(config) * size
-    )
-    return rollout, GRADIENT_COST * (size + passed)
+    return making_inputs(config, num_unit_steps, num_rolled), GRADIENT_COST * (size + passed)

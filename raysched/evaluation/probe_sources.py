@@ -109,7 +109,7 @@ def _unique_names(paths: Sequence[Path], sources: Sequence[ModelSource]) -> list
     while True:
         # A checkpoint's own folder says its step only: the run's name goes before.
         names = [
-            "/".join(parts[-count:] if not below else (parts[-3], *parts[-count:]))
+            str(Path(*(parts[-count:] if not below else (parts[-3], *parts[-count:]))))
             for parts, below in zip(whole, inside, strict=True)
         ]
         if len(set(names)) == len(names) or count >= max(map(len, whole)):
@@ -117,7 +117,7 @@ def _unique_names(paths: Sequence[Path], sources: Sequence[ModelSource]) -> list
         count += 1
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{Path(*Path(twice).parts)}: named twice; name every run once")
+        raise UserError(f"{twice}: named twice; name every run once")
     return names
 
 

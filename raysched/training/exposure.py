@@ -62,7 +62,7 @@ def scheduled_sampling(run: Run, batch: Batch) -> TrainingInputs:
         num_steps=int(plan.num_steps.sum()),
         num_original=num_original(run, plan.target_u[chosen]),
     )
-    if settings.jump_gradient and settings.grid == "jump":
+    if _in_micro_batches(run):
         return _through_the_jump(run, batch, plain)
     planned = batch.planned
     if planned is None:
@@ -90,13 +90,17 @@ def scheduled_sampling(run: Run, batch: Batch) -> TrainingInputs:
 
 def plan_ahead(run: Run, batch: Batch) -> PlannedRollout | None:
     """The rollouts of a step that may begin later; None where the step makes none as a whole."""
-    settings, method = run.config.rollout, run.config.exposure
-    in_parts = settings.jump_gradient and settings.grid == "jump"
-    if method not in ("scheduled_sampling", "defar") or in_parts:
+    if run.config.exposure not in ("scheduled_sampling", "defar") or _in_micro_batches(run):
         return None
     if not any(of_rank.num_rolled for of_rank in batch.plans):
         return None
     return plan_rollout(run, batch)
+
+
+def _in_micro_batches(run: Run) -> bool:
+    """Whether rollouts keep their gradient, and are made where the gradient is."""
+    settings = run.config.rollout
+    return settings.jump_gradient and settings.grid == "jump"
 
 
 def _through_the_jump(run: Run, batch: Batch, plain: TrainingInputs) -> TrainingInputs:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -49,23 +50,31 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_errors(config: RunConfig, step: int) -> Iterator[None]:
-    """Turn what an allocator raises in a training step into one clear message.
-
-    Raises:
-        StepMemoryError: naming the step, the micro-batch and the ways out.
-    """
+def _told(tell: Callable[[BaseException], UserError]) -> Iterator[None]:
+    """Let an allocator's error become another, which has no traceback of its own."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        raise tell(error) from None
+
+
+def memory_errors(config: RunConfig, step: int) -> AbstractContextManager[None]:
+    """Turn what an allocator raises in a training step into one clear message.
+
+    Raises:
+        StepMemoryError: naming the step, the micro-batch and the ways out.
+    """
+
+    def tell(error: BaseException) -> StepMemoryError:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StepMemoryError(f"step {step}: {advice(config)} ({first[:200]})") from None
+        return StepMemoryError(f"step {step}: {advice(config)} ({first[:200]})")
+
+    return _told(tell)
 
 
-@contextlib.contextmanager
-def memory_for(what: str) -> Iterator[None]:
+def memory_for(what: str) -> AbstractContextManager[None]:
     """Turn what an allocator raises outside training into one clear message.
 
     Args:
@@ -74,12 +83,7 @@ def memory_for(what: str) -> Iterator[None]:
     Raises:
         RunFailedError: naming them.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunFailedError(f"memory ran out with {what}; lower them") from None
+    return _told(lambda error: RunFailedError(f"memory ran out with {what}; lower them"))
 
 
 def advice(config: RunConfig) -> str:

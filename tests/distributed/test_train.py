@@ -47,8 +47,8 @@ def test_a_damaged_result_is_passed_over_and_made_anew(tmp_path, content, caplog
     assert read_result(run_dir) is not None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused_where_it_is_asked_for():
+def test_a_gpu_that_is_not_there_is_refused_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"training\.device: cuda, but PyTorch finds no GPU"):
         make_accelerator(small_config(training__device="cuda"))
     warned = small_config(training__device="cuda", scaling__num_workers=1)

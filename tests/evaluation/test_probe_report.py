@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def test_memory_that_runs_out_in_a_probe_is_one_message(runs, monkeypatch: pytes
 
 
 def test_what_cannot_be_probed_is_told_in_one_message(runs, tmp_path: Path):
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(runs[0]))}: named twice"):
         probe_runs([runs[0], runs[0]], settings=FAST)
     other = make_run(tmp_path / "other", data={"limit": 100, "cache_dir": str(tmp_path / "c")})
     with pytest.raises(UserError, match="different data"):

@@ -36,6 +36,13 @@ ROLLOUT: dict[str, Any] = {
     "scheduled_sampling.sampler": "unipc",
     "scheduled_sampling.reflexflow_norm": "l1_mean",
 }
+# Changes to `rollout_config`: jumps that keep their gradient.
+GRADIENT_JUMP: dict[str, Any] = {
+    "scheduled_sampling__grid": "jump",
+    "scheduled_sampling__max_step_offset": 1,
+    "scheduled_sampling__sampler": "euler",
+    "scheduled_sampling__jump_gradient": True,
+}
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

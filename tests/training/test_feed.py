@@ -18,7 +18,7 @@ from raysched.training.exposure import plan_ahead
 from raysched.training.feed import Feed, prepared_batch
 from raysched.training.setup import build_run
 from raysched.training.train_step import train_step
-from tests.training.runs import rollout_config, run_loop, small_config
+from tests.training.runs import GRADIENT_JUMP, rollout_config, run_loop, small_config
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"exposure": "none"},
@@ -32,12 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "scheduled_sampling__ancestral": True,
     },
     "ramp": {"scheduled_sampling__prob_end": 0.8, "scheduled_sampling__ramp_steps": 4},
-    "jump with gradient": {
-        "scheduled_sampling__grid": "jump",
-        "scheduled_sampling__max_step_offset": 1,
-        "scheduled_sampling__sampler": "euler",
-        "scheduled_sampling__jump_gradient": True,
-    },
+    "jump with gradient": GRADIENT_JUMP,
     "defar": {"exposure": "defar"},
     "self_correction": {"exposure": "self_correction"},
 }

@@ -23,7 +23,7 @@ from raysched.training.out_of_memory import StepMemoryError
 from raysched.training.plan import Plan, plan_run
 from raysched.training.run_folder import read_metrics
 from raysched.training.setup import build_run
-from tests.training.runs import ROLLOUT, rollout_config, run_loop, small_config
+from tests.training.runs import GRADIENT_JUMP, ROLLOUT, rollout_config, run_loop, small_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 SHARED = ("forward_equivalents", "seconds", "peak_memory_bytes", "disk_bytes")
@@ -123,12 +123,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "scheduled_sampling__stratified": True,
         "scheduled_sampling__guidance_scale": 2.0,
     },
-    "jump with gradient": {
-        "scheduled_sampling__grid": "jump",
-        "scheduled_sampling__max_step_offset": 1,
-        "scheduled_sampling__sampler": "euler",
-        "scheduled_sampling__jump_gradient": True,
-    },
+    "jump with gradient": GRADIENT_JUMP,
     "self-correction": {"exposure": "self_correction"},
     "defar": {"exposure": "defar"},
     "dream": {"exposure": "dream", "prediction_type": "epsilon", "noise_schedule__kind": "cosine"},
